@@ -1,0 +1,48 @@
+# Every target makes the virtual environment it needs. PYTHON chooses the
+# interpreter: make test PYTHON=python3.13
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n auto --maxprocesses 8
+
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint notebooks clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## Train a classifier of handwritten digits
+	$(BIN)/python notebooks/digits.py
+
+test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+notebooks: $(VENV)/.notebooks  ## Execute the notebooks from their .py sources
+	$(BIN)/jupytext --update --to ipynb notebooks/*.py
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute \
+	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+
+clean:  ## Remove the environment and everything that was generated
+	rm -rf $(VENV) build dist notebooks/figures
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian splits ensurepip from python3; pip can then install itself into the
+# environment from outside.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV) || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# One stamp per set of extras, older than pyproject.toml when it must be redone.
+$(VENV)/.%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
