@@ -1,0 +1,12 @@
+"""Softmax cross-entropy for JAX: exact, loud about bad labels, drop-in for Optax."""
+
+from jaxlosses import testing as testing
+from jaxlosses._combine import Stats as Stats
+from jaxlosses._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
+from jaxlosses._cross_entropy import (
+    softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
+)
+from jaxlosses._softmax import log_softmax as log_softmax
+from jaxlosses._softmax import softmax as softmax
+
+__version__ = "0.1.0"

@@ -1,0 +1,323 @@
+"""What the losses do on this machine: accuracy, gradient checks, timings.
+
+The exit status is 0 if every error is within its bar. optax, where it is installed,
+is shown beside; it does not decide.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlosses as jl
+
+Rows = list[dict[str, Any]]
+
+_OPTIONS: dict[str, dict[str, float]] = {
+    "none": {},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-3},
+    "logit_scale": {"logit_scale": 0.7},
+    "logit_softcap": {"logit_softcap": 30.0},
+    "all": {
+        "label_smoothing": 0.1,
+        "z_loss": 1e-3,
+        "logit_scale": 0.7,
+        "logit_softcap": 30.0,
+    },
+}
+_MARGINS = (0.0, 5.0, 20.0, 30.0, 50.0, 80.0)
+_PER_MARGIN = 4
+_CLASSES = (10, 1000)
+_MANY_CLASSES = 50257
+# Half a unit in the last place of what the gradient is rounded to.
+_ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs every check and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jaxlosses", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    as_json = parser.parse_args(argv).json
+    report: dict[str, Any] = {
+        "versions": _versions(),
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "accuracy": _accuracy(),
+        "gradients": _gradients(),
+        "timing": _timing(),
+    }
+    holds = all(row["holds"] for row in report["accuracy"] + report["gradients"])
+    print(json.dumps({**report, "holds": holds}) if as_json else _text(report, holds))
+    return 0 if holds else 1
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("jaxlosses", "jax", "jaxlib", "chex", "optax"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _accuracy() -> Rows:
+    """Worst relative errors by dtype and option, over margins and class counts."""
+    rows = []
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        for name, options in _OPTIONS.items():
+            sizes = _CLASSES if options else (*_CLASSES, _MANY_CLASSES)
+            bars = _bars(dtype, options)
+            row: dict[str, Any] = {"dtype": dtype, "option": name}
+            row |= {"loss bar": bars[0], "gradient bar": bars[1]}
+            ours = _errors(
+                jl.softmax_cross_entropy_with_integer_labels, dtype, options, sizes
+            )
+            row |= {"loss": ours[0], "gradient": ours[1]}
+            row["holds"] = ours[0] <= bars[0] and ours[1] <= bars[1]
+            if _optax() is not None:
+                theirs = _errors(_composed_with_optax, dtype, options, sizes)
+                row |= {"optax loss": theirs[0], "optax gradient": theirs[1]}
+            rows.append(row)
+    return rows
+
+
+def _bars(dtype: str, options: dict[str, float]) -> tuple[float, float]:
+    loss, gradient = (1e-13, 1e-12) if dtype == "float64" else (4e-6, 1e-5)
+    if "logit_softcap" in options:
+        # tanh is right to about 4 units in the last place, so a capped logit is to
+        # 4 of the cap's; a confident loss has the difference of two as relative error.
+        width = 2.0**-50 if dtype == "float64" else 2.0**-21
+        rounding = options["logit_softcap"] * width
+        loss, gradient = loss + rounding, gradient + rounding
+    return loss, gradient + _ROUNDING[dtype]
+
+
+def _errors(
+    loss_fn: Callable[..., Any],
+    dtype: str,
+    options: dict[str, float],
+    sizes: tuple[int, ...],
+) -> tuple[float, float]:
+    """Worst relative error of the loss, and of the gradient by its terms."""
+    worst_loss = worst_gradient = 0.0
+    for num_classes in sizes:
+        logits, labels = _confident(num_classes, dtype)
+        with jax.enable_x64(dtype == "float64"):
+            compiled = jax.jit(functools.partial(loss_fn, labels=labels, **options))
+            loss, pull = jax.vjp(compiled, jnp.asarray(logits))
+            (gradient,) = pull(jnp.ones_like(loss))
+        want, want_gradient, terms = _exact(logits, labels, **options)
+        worst_loss = max(worst_loss, _worst(loss, want, want))
+        worst_gradient = max(worst_gradient, _worst(gradient, want_gradient, terms))
+    return worst_loss, worst_gradient
+
+
+def _worst(got: jax.Array, want: np.ndarray, size: np.ndarray) -> float:
+    # Below the normal numbers of a dtype there are no relative errors.
+    normal = np.abs(size) > float(jnp.finfo(got.dtype).tiny)
+    error = np.abs(np.asarray(got, np.float64) - want)
+    return float(np.max(np.where(normal, error / np.where(normal, size, 1), 0)))
+
+
+def _confident(num_classes: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of order 1 whose labels lead by each of the margins, in nats."""
+    rng = np.random.default_rng(num_classes)
+    margins = np.repeat(_MARGINS, _PER_MARGIN)
+    logits = rng.normal(size=(margins.size, num_classes))
+    labels = rng.integers(num_classes, size=margins.size)
+    rows = np.arange(margins.size)
+    logits[rows, labels] = -np.inf
+    logits[rows, labels] = logits.max(-1) + margins
+    return logits.astype(jnp.dtype(dtype)), labels
+
+
+def _exact(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, its gradient, and the sum of the gradient's absolute terms, in float64.
+
+    The options enter as the losses take them, rounded to the accumulation dtype.
+    """
+    if logits.dtype != np.float64:
+        label_smoothing, z_loss, logit_scale = (
+            float(np.float32(x)) for x in (label_smoothing, z_loss, logit_scale)
+        )
+    z = logits.astype(np.float64)
+    slope = np.full_like(z, logit_scale)
+    if logit_softcap is not None:
+        slope = slope / np.cosh(z / logit_softcap) ** 2
+        z = logit_softcap * np.tanh(z / logit_softcap)
+    z = logit_scale * z
+    targets = np.full_like(z, label_smoothing / z.shape[-1])
+    targets[np.arange(len(z)), labels] += 1 - label_smoothing
+    # Sums over the other classes are taken without the largest, never by subtraction.
+    top = z.max(-1, keepdims=True)
+    weight = np.exp(z - top)
+    others = _sum_of_others(weight)
+    excess = np.take_along_axis(others, z.argmax(-1)[:, None], -1)
+    surprise = np.log1p(excess) + (top - z)
+    lse = top + np.log1p(excess)
+    p, not_p = weight / (1 + excess), others / (1 + excess)
+    loss = (targets * surprise).sum(-1) + z_loss * lse[:, 0] ** 2
+    pull, push = _sum_of_others(targets) * p, targets * not_p
+    penalty = 2 * z_loss * lse * p
+    terms = (pull + push + np.abs(penalty)) * np.abs(slope)
+    return loss, (pull - push + penalty) * slope, terms
+
+
+def _sum_of_others(x: np.ndarray) -> np.ndarray:
+    top = x.argmax(-1)[:, None]
+    rest = x.copy()
+    np.put_along_axis(rest, top, 0, -1)
+    rest = rest.sum(-1, keepdims=True)
+    others = np.take_along_axis(x, top, -1) + (rest - x)
+    np.put_along_axis(others, top, rest, -1)
+    return others
+
+
+def _gradients() -> Rows:
+    """`check_loss` on the public losses, demanding relative errors entry by entry."""
+    rng = np.random.default_rng(0)
+    dense = rng.dirichlet(np.ones(11), size=6)
+    logits = rng.normal(size=(6, 11))
+    dense_loss = jl.softmax_cross_entropy
+    integer_loss = jl.softmax_cross_entropy_with_integer_labels
+    forward = functools.partial(integer_loss, forward_mode=True)
+    cases: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        ("softmax_cross_entropy", dense_loss, (logits, dense)),
+        ("softmax_cross_entropy_with_integer_labels", integer_loss, ()),
+        ("softmax_cross_entropy_with_integer_labels, forward_mode", forward, ()),
+    ]
+    rows = []
+    for name, loss_fn, args in cases:
+        row: dict[str, Any] = {"loss": name}
+        try:
+            checks = jl.testing.check_loss(loss_fn, *args, strict=not args)
+            row |= {"comparisons": len(checks), "holds": True}
+            row["worst, of what is allowed"] = max(check.error for check in checks)
+        except AssertionError as error:
+            row |= {"comparisons": 0, "holds": False, "message": str(error)}
+        rows.append(row)
+    return rows
+
+
+def _timing() -> Rows:
+    """Median times in milliseconds, ours and optax's calls alternating."""
+    rows = []
+    for batch, num_classes in ((4096, 1000), (512, 50257)):
+        for dtype in ("float32", "bfloat16"):
+            rng = np.random.default_rng(0)
+            logits = jnp.asarray(rng.normal(size=(batch, num_classes)), dtype)
+            labels = jnp.asarray(rng.integers(num_classes, size=batch))
+            for what in ("forward", "value and gradient"):
+                times = _alternate(what, logits, labels)
+                row: dict[str, Any] = {"shape": f"{batch}x{num_classes}"}
+                rows.append(row | {"dtype": dtype, "what": what} | times)
+    return rows
+
+
+def _alternate(what: str, logits: jax.Array, labels: jax.Array) -> dict[str, float]:
+    losses = {"jaxlosses ms": jl.softmax_cross_entropy_with_integer_labels}
+    optax = _optax()
+    if optax is not None:
+        losses["optax ms"] = optax.softmax_cross_entropy_with_integer_labels
+    compiled = {}
+    for name, loss_fn in losses.items():
+
+        def mean(z: jax.Array, y: jax.Array, loss_fn: Any = loss_fn) -> jax.Array:
+            return loss_fn(z, y).mean()
+
+        function = mean if what == "forward" else jax.value_and_grad(mean)
+        compiled[name] = jax.jit(function)
+        jax.block_until_ready(compiled[name](logits, labels))
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for _ in range(7):
+        for name, function in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(logits, labels))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _composed_with_optax(
+    logits: jax.Array,
+    labels: np.ndarray,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> jax.Array:
+    """The same options, written around optax's losses as users write them."""
+    if logit_softcap is not None:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    logits = logits * logit_scale
+    if label_smoothing:
+        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+        targets = _optax().smooth_labels(targets, label_smoothing)
+        loss = _optax().softmax_cross_entropy(logits, targets)
+    else:
+        loss = _optax().softmax_cross_entropy_with_integer_labels(logits, labels)
+    return loss + z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+
+
+@functools.cache
+def _optax() -> Any:
+    try:
+        import optax
+    except ImportError:
+        return None
+    return optax
+
+
+def _text(report: dict[str, Any], holds: bool) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    parts = [versions, *report["devices"], ""]
+    parts += [
+        f"Worst relative error at margins from 0 to {_MARGINS[-1]:g} nats, against",
+        "float64. A gradient's error is relative to the sum of its absolute terms.",
+        _table(report["accuracy"]),
+        "",
+        "Gradients: float64 and finite differences (jaxlosses.testing.check_loss)",
+        _table(report["gradients"]),
+        "",
+        "Median time, alternating calls",
+        _table(report["timing"]),
+        "",
+        "every error is within its bar" if holds else "AN ERROR IS OUTSIDE ITS BAR",
+    ]
+    return "\n".join(parts)
+
+
+def _table(rows: Rows) -> str:
+    head = list(rows[0])
+    lines = [head] + [[_cell(row.get(key, "")) for key in head] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""Every message about shapes, dtypes and options, on chex.
+
+House format: *argument: what came, what was expected. The fix.*
+"""
+
+import math
+import numbers
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Shape = tuple[int, ...]
+
+_LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_REDUCTIONS = ("none", "sum", "mean")
+
+
+def logits(x: Any) -> Array:
+    """Floating logits of at least one axis."""
+    x = _array("logits", x)
+    _demand(
+        x.dtype.name in _LOGITS_DTYPES,
+        TypeError,
+        "logits",
+        f"dtype {x.dtype}",
+        f"one of {', '.join(_LOGITS_DTYPES)}",
+        "Convert them: logits.astype(jnp.float32).",
+    )
+    _demand(
+        x.ndim > 0,
+        ValueError,
+        "logits",
+        "a scalar",
+        "an array with a class axis",
+        "Logits have one score per class: shape (batch, classes).",
+    )
+    return x
+
+
+def class_axes(axis: Any, ndim: int, *, allow_none: bool) -> Shape:
+    """Class axes as non-negative ints, in the order given."""
+    if axis is None and allow_none:
+        return tuple(range(ndim))
+    entries = axis if isinstance(axis, tuple) else (axis,)
+    _demand(
+        len(entries) > 0 and all(_is_int(a) for a in entries),
+        ValueError if axis is None or axis == () else TypeError,
+        "axis",
+        repr(axis),
+        "an int or a tuple of ints" + (", or None" if allow_none else ""),
+        "Pass axis=-1 where the classes are the last axis.",
+    )
+    _demand(
+        all(-ndim <= a < ndim for a in entries),
+        ValueError,
+        "axis",
+        repr(axis),
+        f"values from {-ndim} to {ndim - 1} for logits of {ndim} axes",
+        "Pass axis=-1 where the classes are the last axis.",
+    )
+    axes = tuple(int(a) % ndim for a in entries)
+    _demand(
+        len(set(axes)) == len(axes),
+        ValueError,
+        "axis",
+        repr(axis),
+        "each axis once",
+        f"It names axes {axes} of the logits. Name each class axis once.",
+    )
+    return axes
+
+
+def batch_shape(shape: Shape, axes: Shape) -> Shape:
+    """The shape of the logits without the class axes."""
+    return tuple(n for i, n in enumerate(shape) if i not in axes)
+
+
+def integer_labels(x: Any, shape: Shape, axes: Shape) -> Array:
+    """Class ids, one per example."""
+    x = _array("labels", x)
+    is_integer("labels", x)
+    batch = batch_shape(shape, axes)
+    fix = "Give one class id per example."
+    if x.ndim == len(batch) + 1 and x.shape == (*batch, 1):
+        fix = f"Drop the last axis: labels[{':, ' * len(batch)}0]."
+    elif x.shape == shape:
+        fix = "For one-hot labels call softmax_cross_entropy."
+    _demand_shape("labels", x, batch, f"{batch} for logits of shape {shape}", fix)
+    return x
+
+
+def is_integer(argument: str, x: Any) -> None:
+    """Class ids, not numbers that look like them."""
+    _demand(
+        jnp.issubdtype(x.dtype, jnp.integer),
+        TypeError,
+        argument,
+        f"dtype {x.dtype}",
+        "an integer dtype (class ids)",
+        "For a distribution over classes call softmax_cross_entropy; class ids held "
+        f"as floats convert with {argument}.astype(jnp.int32).",
+    )
+
+
+def dense_labels(x: Any, shape: Shape, axes: Shape) -> Array:
+    """A weight per class: the logits' rank, sizes equal, or 1 on a batch axis."""
+    x = _array("labels", x)
+    _demand(
+        _is_real(x.dtype),
+        TypeError,
+        "labels",
+        f"dtype {x.dtype}",
+        "a real dtype",
+        "Labels are a weight per class: labels.astype(jnp.float32).",
+    )
+    batch = batch_shape(shape, axes)
+    fix = "Give one weight per class and example."
+    if x.shape == batch and jnp.issubdtype(x.dtype, jnp.integer):
+        fix = "For class ids call softmax_cross_entropy_with_integer_labels."
+    elif x.ndim < len(shape):
+        fix = "Add batch axes of size 1 to share one distribution: labels[None, :]."
+    allowed = [n if i in axes else {1, n} for i, n in enumerate(shape)]
+    expected = f"{shape}, or 1 on a batch axis, for logits of shape {shape}"
+    _demand_shape("labels", x, allowed, expected, fix)
+    return x
+
+
+def where(x: Any, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None]:
+    """A mask, as `(classes of the logits' rank, examples of the batch's shape)`."""
+    if x is None:
+        return None, None
+    x = _array("where", x)
+    _demand(
+        x.dtype == jnp.bool_,
+        TypeError,
+        "where",
+        f"dtype {x.dtype}",
+        "bool",
+        "Compare it: mask != 0.",
+    )
+    batch = batch_shape(shape, axes)
+    if x.ndim != len(shape) and x.shape == batch:
+        return None, x
+    fix = "Index a class mask up to the logits' rank: mask[None, :]."
+    expected = f"{shape} or broadcastable to it with the same rank, or {batch}"
+    _demand_shape("where", x, [{1, n} for n in shape], expected, fix)
+    classes = [n if i in axes else x.shape[i] for i, n in enumerate(shape)]
+    return jnp.broadcast_to(x, classes), None
+
+
+def weights(x: Any, batch: Shape) -> Array | None:
+    """A weight per example."""
+    if x is None:
+        return None
+    x = _floating("weights", x)
+    fix = "Give one weight per example, or a constant through jnp.full."
+    _demand_shape("weights", x, batch, f"{batch}, one per example", fix)
+    return x
+
+
+def class_weights(x: Any, num_classes: int) -> Array | None:
+    """A weight per class."""
+    if x is None:
+        return None
+    x = _floating("class_weights", x)
+    fix = "Give one weight per class, in the order of the class ids."
+    expected = f"({num_classes},), one per class"
+    _demand_shape("class_weights", x, (num_classes,), expected, fix)
+    return x
+
+
+def ignore_index(x: Any) -> int | None:
+    """A label that does not count."""
+    if x is None:
+        return None
+    _demand(
+        _is_int(x),
+        TypeError,
+        "ignore_index",
+        repr(x),
+        "an int or None",
+        "Pass the label itself, such as -100; mask several labels with weights.",
+    )
+    return int(x)
+
+
+def label_smoothing(x: Any) -> Any:
+    """A fraction, or None for zero."""
+    return _scalar("label_smoothing", x, 0.0, 1.0, "a number from 0 to 1, 1 excluded")
+
+
+def z_loss(x: Any) -> Any:
+    """A coefficient, or None for zero."""
+    return _scalar("z_loss", x, 0.0, math.inf, "a number of 0 or more")
+
+
+def logit_scale(x: Any) -> Any:
+    """A factor, or None for one."""
+    return _scalar("logit_scale", x, -math.inf, math.inf, "a finite number", drop=1.0)
+
+
+def logit_softcap(x: Any) -> float | None:
+    """A positive constant, or None."""
+    if x is None:
+        return None
+    _demand(
+        _is_number(x),
+        TypeError,
+        "logit_softcap",
+        _describe(x),
+        "a Python number or None",
+        "The cap is part of the model and static; to vary the logits at run time, "
+        "use logit_scale.",
+    )
+    _demand(
+        0 < x < math.inf,
+        ValueError,
+        "logit_softcap",
+        repr(x),
+        "a finite number above 0, or None",
+        "Pass None for no cap.",
+    )
+    return float(x)
+
+
+def reduction(x: Any) -> Any:
+    """One of the three reductions."""
+    _demand(
+        isinstance(x, str) and x in _REDUCTIONS,
+        ValueError,
+        "reduction",
+        repr(x),
+        'one of "none", "sum", "mean"',
+        'Pass "none" for one loss per example.',
+    )
+    return x
+
+
+def axis_name(x: Any) -> tuple[str, ...]:
+    """Mesh axes over which the classes are split; () for none."""
+    names = x if isinstance(x, tuple) else () if x is None else (x,)
+    _demand(
+        all(isinstance(name, str) for name in names),
+        TypeError,
+        "axis_name",
+        repr(x),
+        "a mesh axis name, a tuple of them, or None",
+        'Name the axis that splits the classes inside shard_map: axis_name="model".',
+    )
+    return names
+
+
+def flag(argument: str, x: Any) -> bool:
+    """A Python bool."""
+    _demand(
+        isinstance(x, bool | np.bool_),
+        TypeError,
+        argument,
+        _describe(x),
+        "True or False",
+        "It is static: pass a Python bool.",
+    )
+    return bool(x)
+
+
+def _demand(
+    holds: bool,
+    error: type[Exception],
+    argument: str,
+    got: str,
+    expected: str,
+    fix: str,
+) -> None:
+    try:
+        chex.assert_equal(bool(holds), True)
+    except AssertionError:
+        message = f"{argument}: got {got}, expected {expected}. {fix}"
+        raise error(message) from None
+
+
+def _demand_shape(argument: str, x: Array, shape: Any, expected: str, fix: str) -> None:
+    try:
+        chex.assert_shape(x, shape)
+    except AssertionError:
+        message = f"{argument}: got shape {x.shape}, expected {expected}. {fix}"
+        raise ValueError(message) from None
+
+
+def _array(argument: str, x: Any) -> Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        message = (
+            f"{argument}: got {_describe(x)}, expected an array or what jnp.asarray "
+            f"converts to one. {error}"
+        )
+        raise TypeError(message) from error
+
+
+def _floating(argument: str, x: Any) -> Array:
+    x = _array(argument, x)
+    _demand(
+        jnp.issubdtype(x.dtype, jnp.floating),
+        TypeError,
+        argument,
+        f"dtype {x.dtype}",
+        "a floating dtype",
+        f"Convert it: {argument}.astype(jnp.float32).",
+    )
+    return x
+
+
+def _scalar(
+    argument: str, x: Any, low: float, high: float, expected: str, drop: float = 0.0
+) -> Any:
+    """A scalar in `[low, high)`; a Python number equal to `drop` becomes None."""
+    if _is_number(x):
+        _demand(
+            low <= x < high and math.isfinite(x),
+            ValueError,
+            argument,
+            repr(x),
+            expected,
+            f"{drop:g} switches it off.",
+        )
+        return None if x == drop else x
+    _demand(
+        isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype),
+        TypeError,
+        argument,
+        _describe(x),
+        f"{expected}, or a traced scalar",
+        "Pass one number for all examples.",
+    )
+    return x
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool | np.bool_)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_)
+
+
+def _is_real(dtype: Any) -> bool:
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def _describe(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of shape {tuple(x.shape)} and dtype {x.dtype}"
+    return f"{x!r} of type {type(x).__name__}"

@@ -1,0 +1,453 @@
+"""The mathematics of softmax cross-entropy, free of options, loops and transforms.
+
+Every loss of this package is a function of a few numbers per example, its *logit
+statistics*. This module computes them, and the pullback of their cotangents, for one
+array of logits that is at hand. How the logits are blocked, sharded or produced is
+decided elsewhere; smoothing, weights and reductions are applied elsewhere.
+
+Notation, for one example with logits `z` after cap and scale, and classes `j`:
+
+    m      = max_j z_j                                   the peak
+    s      = sum_{j != argmax} exp(z_j - m)              the excess
+    spread = log1p(s)                 so that  lse = m + spread
+    nll    = spread + (m - z_y)                          integer label y
+    nll    = sum_j t_j (spread + (m - z_j))              targets t_j = q_j w_j
+    smooth = sum_j u_j (spread + (m - z_j))              u_j = w_j / number of classes
+
+Nothing here subtracts two large numbers: the excess is summed without the maximum
+itself, and both terms of `nll` are non-negative. That is why a confident example
+keeps its digits.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static about a set of logit statistics.
+
+    Attributes:
+        axes: class axes, non-negative, in the order in which they are flattened.
+        dense: labels are a distribution over classes, not class ids.
+        softcap: `c` of `c * tanh(z / c)`, or None.
+        smooth: whether the smoothing statistic is wanted.
+        lse: whether the cotangent of `lse` can be other than zero.
+        predicted: whether the arg max is wanted.
+        axis_name: mesh axes over which the classes are split by hand.
+    """
+
+    axes: tuple[int, ...]
+    dense: bool
+    softcap: float | None = None
+    smooth: bool = False
+    lse: bool = False
+    predicted: bool = False
+    axis_name: tuple[str, ...] = ()
+
+
+Values = Float[Array, "..."]
+Ids = Int[Array, "..."]
+Mask = Bool[Array, "..."]
+
+# Between the underflow of float32, 87 nats, and half of it.
+_FAR = 64.0
+
+
+class Inputs(NamedTuple):
+    """What the statistics depend on. `K` is `B` with every class axis kept as 1.
+
+    Attributes:
+        logits: `B... V`, any floating dtype.
+        labels: class ids of shape `K`, -1 for one that cannot be; or a distribution
+            of the logits' shape, with batch axes of size 1 where it is shared; or
+            None for what needs no labels.
+        where: classes that exist, of the logits' rank, or None for all.
+        counted: examples that count, of shape `K`, or None for all.
+        class_weights: of the logits' rank with batch axes of size 1, or None.
+        scale: scalar factor of the logits, or None for one.
+    """
+
+    logits: Values
+    labels: Any
+    where: Mask | None = None
+    counted: Mask | None = None
+    class_weights: Values | None = None
+    scale: Float[Array, ""] | None = None
+
+
+class Statistics(NamedTuple):
+    """Statistics of each example, all of shape `K` in the accumulation dtype.
+
+    `peak` is locally constant: the derivative of `lse = |scale| * peak + spread` is
+    carried by `spread`. Examples that do not count have zeros.
+    """
+
+    peak: Values
+    spread: Values
+    nll: Values
+    smooth: Values | None
+    predicted: Ids | None
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of the differentiable statistics; None stands for zero."""
+
+    spread: Values | None
+    nll: Values
+    smooth: Values | None
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """float64 for float64, float32 for everything smaller."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
+    """What turns logits into probabilities: `log p = gap - spread`.
+
+    Returns:
+        `gap = z - m`, of the logits' shape, `-inf` for a masked class; `peak`, before
+        the magnitude of the scale; and `spread`.
+    """
+    signed, magnitude, _ = _transformed(spec, inputs)
+    if inputs.where is not None:
+        signed = jnp.where(inputs.where, signed, -jnp.inf)
+    peak = _max(spec, signed)
+    # A peak of +inf, and a row in which every class has probability zero, is no
+    # distribution: the example is NaN.
+    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+    gap, tail = signed - peak, None
+    if magnitude is not None:
+        gap, tail = _scaled_gap(signed, peak, magnitude)
+    return gap, peak, jnp.log1p(_excess(spec, gap, tail))
+
+
+def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
+    """Statistics of every example: two reads of the logits, no second array."""
+    gap, peak, spread = normalize(spec, inputs)
+    smooth = predicted = None
+    if spec.dense:
+        nll = _expected(spec, _targets(inputs, gap.dtype), spread - gap)
+        # With targets of zero, no term is left in which a NaN of the logits shows.
+        nll = jnp.where(jnp.isnan(spread), spread, nll)
+    else:
+        label_gap = _sum(spec, jnp.where(_is_label(spec, inputs), gap, 0))
+        nll = jnp.where(_has_label(spec, inputs), spread - label_gap, jnp.nan)
+    if spec.smooth:
+        smooth = _expected(spec, _uniform(spec, inputs, gap.dtype), spread - gap)
+    if spec.predicted:
+        predicted = first(spec, gap == 0)
+    statistics = Statistics(peak, spread, nll, smooth, predicted)
+    return _counted_only(statistics, inputs.counted)
+
+
+def first(spec: Spec, mask: Mask) -> Ids:
+    """The lowest class id at which the mask holds, or -1."""
+    ids = _class_ids(spec, mask.shape)
+    nobody = jnp.iinfo(ids.dtype).max
+    lowest = _min(spec, jnp.where(mask, ids, nobody))
+    return jnp.where(lowest == nobody, -1, lowest)
+
+
+def pullback(
+    spec: Spec,
+    inputs: Inputs,
+    statistics: Statistics,
+    cotangents: Cotangents,
+    *,
+    linear: bool = False,
+) -> Inputs:
+    """Cotangents of the differentiable inputs, rebuilt from the statistics.
+
+    With `p = softmax(z)`, `T = sum t` and `U = sum u`, the entry of a logit is
+
+        g_spread p_j + g_nll (T p_j - t_j) + g_smooth (U p_j - u_j)
+
+    `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `1 - p_j` from
+    `expm1`, so that nothing cancels for a confident example.
+
+    Args:
+        spec: what is static.
+        inputs: the arguments of `evaluate`.
+        statistics: its result; `peak`, `spread` and `nll` are used.
+        cotangents: one per statistic.
+        linear: stay linear in the cotangents, so that the function can be
+            transposed. Otherwise an example whose cotangents are zero has gradient
+            zero even if it holds a NaN.
+    """
+    if not linear:
+        silent = jnp.isnan(statistics.nll)
+        for g in cotangents:
+            silent = silent if g is None else silent & (g == 0)
+        inputs = inputs._replace(counted=_both(inputs.counted, ~silent))
+        statistics = _counted_only(statistics, ~silent)
+    g_spread, g_nll, g_smooth = cotangents
+    peak, spread, nll = statistics.peak, statistics.spread, statistics.nll
+    present = _both(inputs.where, inputs.counted)
+
+    signed, magnitude, slope = _transformed(spec, inputs)
+    gap = signed - peak
+    log_p = (gap if magnitude is None else magnitude * gap) - spread
+    p = jnp.exp(log_p)
+    # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
+    poison = jnp.where(jnp.isnan(nll), jnp.nan, 0)
+    g_nll = g_nll + g_nll * poison
+
+    d_labels = d_class_weights = d_scale = None
+    if spec.dense:
+        targets = _targets(inputs, p.dtype)
+        others = _sum_of_others(spec, targets)
+        d_z = g_nll * (others * p + targets * jnp.expm1(log_p))
+        d_targets = _of_targets(g_nll, log_p, present, linear)
+        if jnp.issubdtype(inputs.labels.dtype, jnp.floating):
+            d_labels = _sum_to(_weighted(d_targets, inputs), inputs.labels)
+        if inputs.class_weights is not None:
+            d_class_weights = d_targets * inputs.labels.astype(p.dtype)
+    else:
+        d_z = g_nll * jnp.where(_is_label(spec, inputs), jnp.expm1(-nll), p)
+    if g_spread is not None:
+        d_z = d_z + g_spread * p
+    if g_smooth is not None:
+        uniform = _uniform(spec, inputs, p.dtype)
+        d_z = d_z + g_smooth * (_sum(spec, uniform) * p - uniform)
+        if inputs.class_weights is not None:
+            d_uniform = _of_targets(g_smooth, log_p, present, linear)
+            d_uniform = d_uniform / _num_classes(spec, inputs, p.dtype)
+            d_class_weights = _add(d_class_weights, d_uniform)
+    if d_class_weights is not None and inputs.class_weights is not None:
+        d_class_weights = _sum_to(d_class_weights, inputs.class_weights)
+
+    if inputs.where is not None:
+        d_z = jnp.where(inputs.where, d_z, g_nll * poison)
+    d_z = _where(inputs.counted, d_z)
+    d_logits = d_z
+    if inputs.scale is not None:
+        d_logits = inputs.scale * d_z
+        d_scale = jnp.sum(d_z * _where(jnp.isfinite(gap), gap))
+        d_scale = jnp.where(inputs.scale < 0, -d_scale, d_scale)
+    if slope is not None:
+        d_logits = slope * d_logits
+    d_logits = d_logits.astype(inputs.logits.dtype)
+    return Inputs(d_logits, d_labels, None, None, d_class_weights, d_scale)
+
+
+def label_ids(spec: Spec, inputs: Inputs) -> Ids:
+    """The labels as class ids: of a distribution, the arg max."""
+    if not spec.dense:
+        return inputs.labels
+    targets = inputs.labels.astype(accumulation_dtype(inputs.logits.dtype))
+    if inputs.where is not None:
+        targets = jnp.where(inputs.where, targets, -jnp.inf)
+    return first(spec, targets == _max(spec, targets))
+
+
+def any_class(spec: Spec, mask: Mask) -> Mask:
+    """Whether the mask holds for any class."""
+    return _sum(spec, mask.astype(jnp.int32)) > 0
+
+
+def num_shards(spec: Spec) -> int:
+    """Over how many devices the classes are split by hand."""
+    return lax.axis_size(spec.axis_name) if spec.axis_name else 1
+
+
+def lse(inputs: Inputs, statistics: Statistics) -> Values:
+    """Log-sum-exp of the transformed logits; zero for what does not count."""
+    if inputs.scale is None:
+        return statistics.peak + statistics.spread
+    magnitude = jnp.where(inputs.scale < 0, -inputs.scale, inputs.scale)
+    return magnitude * statistics.peak + statistics.spread
+
+
+def _scaled_gap(
+    signed: Values, peak: Values, magnitude: Values
+) -> tuple[Values, Values]:
+    """`magnitude * (signed - peak)`, and what its two roundings lost.
+
+    Each rounding is worth up to 4e-6 at 80 nats, all of it an error of the loss.
+    """
+    gap = signed - peak
+    back = gap - signed
+    lost = (signed - (gap - back)) - (peak + back)
+    # The product of two halves of the digits is exact.
+    info = jnp.finfo(gap.dtype)
+    halves = [
+        lax.reduce_precision(x, info.nexp, info.nmant // 2) for x in (magnitude, gap)
+    ]
+    low_magnitude, low_gap = magnitude - halves[0], gap - halves[1]
+    product = magnitude * gap
+    tail = halves[0] * halves[1] - product
+    tail = tail + halves[0] * low_gap + low_magnitude * halves[1]
+    tail = tail + low_magnitude * low_gap + magnitude * lost
+    return product, _where(jnp.isfinite(tail), tail)
+
+
+def _excess(spec: Spec, gap: Values, tail: Values | None) -> Values:
+    """Sum of `exp(gap + tail)` over all classes but one at the peak."""
+    top = gap == 0
+    ties = _sum(spec, jnp.where(top, 1, 0).astype(gap.dtype))
+    # Far below the peak, exp would underflow and leave nothing of a confident
+    # example's loss; moved up by a constant, which is exact there, it does not.
+    far = gap < -_FAR
+    terms = jnp.exp(jnp.where(far, gap + _FAR, gap))
+    terms = terms if tail is None else terms + terms * tail
+    near_sum = _sum(spec, jnp.where(top | far, 0, terms))
+    far_sum = _sum(spec, jnp.where(far, terms, 0))
+    # The terms join last: added to the count of ties, their digits would be lost.
+    return (ties - 1) + (near_sum + math.exp(-_FAR) * far_sum)
+
+
+def _transformed(
+    spec: Spec, inputs: Inputs
+) -> tuple[Values, Values | None, Values | None]:
+    """`sign(scale) * cap(logits)`, `|scale|`, and the slope of the cap.
+
+    The scale is kept apart so that differences are taken before they are scaled:
+    a rounded product of a large logit would cost a confident example its digits.
+    """
+    z = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
+    # What is masked may hold a NaN, which must not reach a derivative.
+    z = _where(_both(inputs.where, inputs.counted), z)
+    slope = magnitude = None
+    if spec.softcap is not None:
+        # An infinite logit stays infinite, or a diverged model would look healthy.
+        finite = jnp.isfinite(z)
+        ratio = _where(finite, z) / spec.softcap
+        z = jnp.where(finite, spec.softcap * jnp.tanh(ratio), z)
+        # 1 - tanh^2 without the cancellation near the cap.
+        e = jnp.exp(-2 * jnp.abs(ratio))
+        slope = 4 * e / jnp.square(1 + e)
+    if inputs.scale is not None:
+        negative = inputs.scale < 0
+        z = jnp.where(negative, -z, z)
+        magnitude = jnp.where(negative, -inputs.scale, inputs.scale)
+    return z, magnitude, slope
+
+
+def _class_ids(spec: Spec, shape: tuple[int, ...]) -> Ids:
+    """The id of every class, of the logits' rank with batch axes of size 1."""
+    ids, local = jnp.zeros((1,) * len(shape), jnp.int32), 1
+    for axis in spec.axes:
+        dims = [n if i == axis else 1 for i, n in enumerate(shape)]
+        ids = ids * shape[axis] + lax.broadcasted_iota(jnp.int32, dims, axis)
+        local *= shape[axis]
+    if spec.axis_name:
+        ids = ids + local * lax.axis_index(spec.axis_name)
+    return ids
+
+
+def _is_label(spec: Spec, inputs: Inputs) -> Mask:
+    # A comparison fuses into the pass over the logits, on every kind of mesh axis;
+    # a gather does not.
+    return _class_ids(spec, inputs.logits.shape) == inputs.labels
+
+
+def _has_label(spec: Spec, inputs: Inputs) -> Mask:
+    if inputs.where is None:
+        return inputs.labels >= 0
+    found = _is_label(spec, inputs) & inputs.where
+    return _sum(spec, found.astype(jnp.int32)) > 0
+
+
+def _weighted(a: Values, inputs: Inputs) -> Values:
+    if inputs.class_weights is None:
+        return a
+    return a * inputs.class_weights.astype(a.dtype)
+
+
+def _targets(inputs: Inputs, dtype: Any) -> Values:
+    """Class-weighted label distribution over the classes that exist."""
+    return _where(inputs.where, _weighted(inputs.labels.astype(dtype), inputs))
+
+
+def _uniform(spec: Spec, inputs: Inputs, dtype: Any) -> Values:
+    """Class-weighted uniform distribution over the classes that exist."""
+    shape = [n if i in spec.axes else 1 for i, n in enumerate(inputs.logits.shape)]
+    ones = _where(inputs.where, _weighted(jnp.ones(shape, dtype), inputs))
+    return ones / _num_classes(spec, inputs, dtype)
+
+
+def _num_classes(spec: Spec, inputs: Inputs, dtype: Any) -> Values:
+    """How many classes exist, at least one."""
+    shape = inputs.logits.shape
+    if inputs.where is None:
+        local = math.prod(shape[axis] for axis in spec.axes)
+        return jnp.full((1,) * len(shape), local * num_shards(spec), dtype)
+    return jnp.maximum(_sum(spec, inputs.where.astype(dtype)), 1)
+
+
+def _expected(spec: Spec, targets: Values, surprise: Values) -> Values:
+    """Sum of `targets * surprise` with `0 * inf = 0`."""
+    return _sum(spec, jnp.where(targets == 0, 0, targets * surprise))
+
+
+def _of_targets(g: Values, log_p: Values, present: Mask | None, linear: bool) -> Values:
+    """Cotangent of a target: `g` times the surprise of its class."""
+    surprise = -log_p
+    if not linear:
+        surprise = _where(jnp.isfinite(surprise) | (g != 0), surprise)
+    return _where(present, g * surprise)
+
+
+def _sum_of_others(spec: Spec, targets: Values) -> Values:
+    """For each class, the sum of the targets of the other classes.
+
+    `sum(t) - t_j` loses its digits where one target dominates, so the dominating one
+    is left out of the sum instead.
+    """
+    top = targets == _max(spec, lax.stop_gradient(targets))
+    ties = _sum(spec, top.astype(targets.dtype))
+    largest = _sum(spec, jnp.where(top, targets, 0)) / ties
+    rest = (ties - 1) * largest + _sum(spec, jnp.where(top, 0, targets))
+    return jnp.where(top, rest, largest + (rest - targets))
+
+
+def _counted_only(statistics: Statistics, counted: Mask | None) -> Statistics:
+    peak, spread, nll, smooth, predicted = statistics
+    peak, spread, nll = (_where(counted, a) for a in (peak, spread, nll))
+    smooth = None if smooth is None else _where(counted, smooth)
+    return Statistics(peak, spread, nll, smooth, predicted)
+
+
+def _where(mask: Mask | None, a: Values) -> Values:
+    """`a` where the mask holds, else zero; no mask holds everywhere."""
+    return a if mask is None else jnp.where(mask, a, 0)
+
+
+def _both(a: Mask | None, b: Mask | None) -> Mask | None:
+    """Conjunction of two masks, either of which may be None."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def _add(a: Values | None, b: Values) -> Values:
+    return b if a is None else a + b
+
+
+def _sum_to(a: Values, like: Values) -> Values:
+    """Sums over the axes along which `like` was broadcast, in the dtype of `like`."""
+    axes = [i for i, n in enumerate(like.shape) if n == 1 and a.shape[i] != 1]
+    return jnp.sum(a, axes, keepdims=True).astype(like.dtype)
+
+
+def _sum(spec: Spec, a: Array) -> Array:
+    total = jnp.sum(a, spec.axes, keepdims=True)
+    return lax.psum(total, spec.axis_name) if spec.axis_name else total
+
+
+def _max(spec: Spec, a: Array) -> Array:
+    largest = jnp.max(a, spec.axes, keepdims=True, initial=-jnp.inf)
+    return lax.pmax(largest, spec.axis_name) if spec.axis_name else largest
+
+
+def _min(spec: Spec, a: Array) -> Array:
+    initial = jnp.iinfo(a.dtype).max
+    smallest = jnp.min(a, spec.axes, keepdims=True, initial=initial)
+    return lax.pmin(smallest, spec.axis_name) if spec.axis_name else smallest
