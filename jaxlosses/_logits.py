@@ -7,17 +7,22 @@ of the first calls the second, so higher derivatives of either meet an exact rul
 not the derivative of an implementation.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import dtypes
+from jax import dtypes, lax
 from jaxtyping import Array, Float
 
 from jaxlosses import _statistics
 from jaxlosses._statistics import Cotangents, Inputs, Spec, Statistics
+
+# Logits of a block, 4 MiB in float32: a block is read from cache after the first time.
+_BLOCK_SIZE = 2**20
 
 
 class Residuals(NamedTuple):
@@ -39,7 +44,7 @@ class Residuals(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def statistics(spec: Spec, inputs: Inputs) -> Statistics:
     """Logit statistics with a reverse rule."""
-    return _statistics.evaluate(spec, inputs)
+    return _evaluate(spec, inputs)
 
 
 def _statistics_fwd(spec: Spec, inputs: Inputs) -> tuple[Statistics, Residuals]:
@@ -60,7 +65,7 @@ statistics.defvjp(_statistics_fwd, _statistics_bwd)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def statistics_forward(spec: Spec, inputs: Inputs) -> Statistics:
     """Logit statistics with a forward rule, which can also be transposed."""
-    return _statistics.evaluate(spec, inputs)
+    return _evaluate(spec, inputs)
 
 
 @statistics_forward.defjvp
@@ -99,3 +104,67 @@ def _push(spec: Spec, inputs: Inputs, kept: Statistics, d_inputs: Inputs) -> Cot
 def _differentiable(d_inputs: Inputs) -> Inputs:
     """The tangents without those of integers and booleans, which are float0."""
     return jax.tree.map(lambda t: None if t.dtype == dtypes.float0 else t, d_inputs)
+
+
+def _evaluate(spec: Spec, inputs: Inputs) -> Statistics:
+    """Chooses how the statistics are computed: the only place where that is done."""
+    whole = functools.partial(_statistics.evaluate, spec)
+    if not _may_block(spec, inputs):
+        return whole(inputs)
+    blocked = functools.partial(_evaluate_blocked, spec)
+    return lax.platform_dependent(inputs, cpu=blocked, default=whole)
+
+
+def _may_block(spec: Spec, inputs: Inputs) -> bool:
+    """Whether a loop over rows is sound and of use, were the platform a CPU.
+
+    A loop over an axis that turns out to be sharded would make every device compute
+    everything, and under automatic sharding a trace cannot see the mesh. Safe are a
+    process that has one CPU device, and the inside of a `shard_map`.
+    """
+    *batch, num_classes = inputs.logits.shape
+    if spec.dense or spec.axes != (len(batch),) or num_classes == 0:
+        return False
+    if inputs.where is not None and inputs.where.size not in (
+        num_classes,
+        inputs.logits.size,
+    ):
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count("cpu") == 1
+    return mesh.are_all_axes_manual
+
+
+def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
+    """Statistics by blocks of rows, each small enough to be read again from cache."""
+    *batch, num_classes = inputs.logits.shape
+    num_rows = math.prod(batch)
+    rows = max(1, _BLOCK_SIZE // num_classes)
+    blocked = dataclasses.replace(spec, axes=(1,), in_cache=True)
+    evaluate = functools.partial(_statistics.evaluate, blocked)
+    # One batch axis; what all rows share keeps it at size 1.
+    inputs = jax.tree.map(
+        lambda a: a if a.ndim == 0 else a.reshape(-1, a.shape[-1]), inputs
+    )
+
+    def step(i: Array, out: Statistics) -> Statistics:
+        # Both slices clamp their start: the last block is whole, and writes some rows
+        # a second time.
+        def take(a: Array) -> Array:
+            if a.ndim == 0 or a.shape[0] != num_rows:
+                return a
+            return lax.dynamic_slice_in_dim(a, i * rows, rows)
+
+        def put(whole: Array, block: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(whole, block, i * rows, axis=0)
+
+        return jax.tree.map(put, out, evaluate(jax.tree.map(take, inputs)))
+
+    if rows >= num_rows:
+        out = evaluate(inputs)
+    else:
+        shapes = jax.eval_shape(evaluate, inputs)
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        out = lax.fori_loop(0, -(-num_rows // rows), step, empty)
+    return jax.tree.map(lambda a: a.reshape(*batch, 1), out)

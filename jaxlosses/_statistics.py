@@ -40,6 +40,7 @@ class Spec:
         lse: whether the cotangent of `lse` can be other than zero.
         predicted: whether the arg max is wanted.
         axis_name: mesh axes over which the classes are split by hand.
+        in_cache: the logits are a block that fits a CPU's cache, on one device.
     """
 
     axes: tuple[int, ...]
@@ -49,6 +50,7 @@ class Spec:
     lse: bool = False
     predicted: bool = False
     axis_name: tuple[str, ...] = ()
+    in_cache: bool = False
 
 
 Values = Float[Array, "..."]
@@ -118,33 +120,68 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
     signed, magnitude, _ = _transformed(spec, inputs)
     if inputs.where is not None:
         signed = jnp.where(inputs.where, signed, -jnp.inf)
-    peak = _max(spec, signed)
-    # A peak of +inf, and a row in which every class has probability zero, is no
-    # distribution: the example is NaN.
-    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
-    gap, tail = signed - peak, None
-    if magnitude is not None:
-        gap, tail = _scaled_gap(signed, peak, magnitude)
-    return gap, peak, jnp.log1p(_excess(spec, gap, tail))
+    peak = _distribution(_max(spec, signed))
+    gap, low = _difference(signed, peak, magnitude)
+    return gap + low, peak, jnp.log1p(_excess(spec, gap, low))
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     """Statistics of every example: two reads of the logits, no second array."""
-    gap, peak, spread = normalize(spec, inputs)
     smooth = predicted = None
     if spec.dense:
+        gap, peak, spread = normalize(spec, inputs)
         nll = _expected(spec, _targets(inputs, gap.dtype), spread - gap)
         # With targets of zero, no term is left in which a NaN of the logits shows.
         nll = jnp.where(jnp.isnan(spread), spread, nll)
     else:
-        label_gap = _sum(spec, jnp.where(_is_label(spec, inputs), gap, 0))
-        nll = jnp.where(_has_label(spec, inputs), spread - label_gap, jnp.nan)
+        gap, peak, spread, nll = _against_label(spec, inputs)
     if spec.smooth:
         smooth = _expected(spec, _uniform(spec, inputs, gap.dtype), spread - gap)
     if spec.predicted:
         predicted = first(spec, gap == 0)
     statistics = Statistics(peak, spread, nll, smooth, predicted)
     return _counted_only(statistics, inputs.counted)
+
+
+def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, Values]:
+    """`gap`, `peak`, `spread` and `nll`, from the label's logit and its rivals.
+
+    With `r` the largest of the other logits and `S = sum_{j != y} exp(z_j - r)`,
+
+        nll = log1p(S exp(r - z_y))                        label ahead
+        nll = log1p(S - 1 + exp(z_y - r)) + (r - z_y)      label behind
+
+    `S` is at least one, so nothing underflows, and every term is non-negative.
+    """
+    signed, magnitude, _ = _transformed(spec, inputs)
+    if inputs.where is not None:
+        signed = jnp.where(inputs.where, signed, -jnp.inf)
+    is_label = _is_label(spec, inputs)
+    others = jnp.where(is_label, -jnp.inf, signed)
+    if spec.in_cache:
+        # XLA:CPU runs a reduction on its fast path, and copies bfloat16 to float32,
+        # only for an array in memory: let that be one block.
+        others = lax.optimization_barrier(others)
+        (axis,) = spec.axes
+        label = jnp.take_along_axis(signed, jnp.maximum(inputs.labels, 0), axis)
+        label = jnp.where(inputs.labels < 0, -jnp.inf, label)
+    else:
+        label = _max(spec, jnp.where(is_label, signed, -jnp.inf))
+    rival = _max(spec, others)
+    # Without a rival, -inf - (-inf) would be NaN.
+    gap = others - jnp.where(rival == -jnp.inf, 0, rival)
+    mass = _sum(spec, jnp.exp(gap if magnitude is None else magnitude * gap))
+
+    lead, low = _difference(label, rival, magnitude)
+    ahead = lead >= 0
+    ratio = _exp_of_sum(-jnp.abs(lead), jnp.where(ahead, -low, low))
+    spread = jnp.log1p(jnp.where(ahead, mass * ratio, (mass - 1) + ratio))
+    peak = _distribution(jnp.maximum(label, rival))
+    spread = jnp.where(jnp.isnan(peak), peak, spread)
+    nll = spread - jnp.minimum(lead + low, 0)
+    nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
+    gap = signed - peak
+    return gap if magnitude is None else magnitude * gap, peak, spread, nll
 
 
 def first(spec: Spec, mask: Mask) -> Ids:
@@ -265,38 +302,49 @@ def lse(inputs: Inputs, statistics: Statistics) -> Values:
     return magnitude * statistics.peak + statistics.spread
 
 
-def _scaled_gap(
-    signed: Values, peak: Values, magnitude: Values
+def _distribution(peak: Values) -> Values:
+    """NaN for a peak of `+inf`, and where every class has probability zero."""
+    return jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+
+
+def _difference(
+    a: Values, b: Values, magnitude: Values | None
 ) -> tuple[Values, Values]:
-    """`magnitude * (signed - peak)`, and what its two roundings lost.
+    """`magnitude * (a - b)` as the sum of two, the second one small.
 
-    Each rounding is worth up to 4e-6 at 80 nats, all of it an error of the loss.
+    A rounding is worth up to 4e-6 at 80 nats, all of it an error of the loss.
     """
-    gap = signed - peak
-    back = gap - signed
-    lost = (signed - (gap - back)) - (peak + back)
-    # The product of two halves of the digits is exact.
-    info = jnp.finfo(gap.dtype)
-    halves = [
-        lax.reduce_precision(x, info.nexp, info.nmant // 2) for x in (magnitude, gap)
-    ]
-    low_magnitude, low_gap = magnitude - halves[0], gap - halves[1]
-    product = magnitude * gap
-    tail = halves[0] * halves[1] - product
-    tail = tail + halves[0] * low_gap + low_magnitude * halves[1]
-    tail = tail + low_magnitude * low_gap + magnitude * lost
-    return product, _where(jnp.isfinite(tail), tail)
+    gap = a - b
+    back = gap - a
+    low = (a - (gap - back)) - (b + back)
+    if magnitude is not None:
+        # The product of two halves of the digits is exact, fused or not.
+        info = jnp.finfo(gap.dtype)
+        high, high_gap = (
+            lax.reduce_precision(x, info.nexp, info.nmant // 2)
+            for x in (magnitude, gap)
+        )
+        low = magnitude * ((gap - high_gap) + low) + (magnitude - high) * high_gap
+        gap = high * high_gap
+    return gap, _where(jnp.isfinite(low), low)
 
 
-def _excess(spec: Spec, gap: Values, tail: Values | None) -> Values:
-    """Sum of `exp(gap + tail)` over all classes but one at the peak."""
+def _exp_of_sum(high: Values, low: Values) -> Values:
+    """`exp(high + low)` for a small `low`, which the sum would lose."""
+    # Where `low` is not small, `high` is far below what exp can hold.
+    low = jnp.clip(low, -1, 1)
+    series = 1 + low * (1 + low * (1 / 2 + low * (1 / 6 + low * (1 / 24))))
+    return jnp.exp(high) * series
+
+
+def _excess(spec: Spec, gap: Values, low: Values) -> Values:
+    """Sum of `exp(gap + low)` over all classes but one at the peak."""
     top = gap == 0
     ties = _sum(spec, jnp.where(top, 1, 0).astype(gap.dtype))
     # Far below the peak, exp would underflow and leave nothing of a confident
     # example's loss; moved up by a constant, which is exact there, it does not.
     far = gap < -_FAR
-    terms = jnp.exp(jnp.where(far, gap + _FAR, gap))
-    terms = terms if tail is None else terms + terms * tail
+    terms = _exp_of_sum(jnp.where(far, gap + _FAR, gap), low)
     near_sum = _sum(spec, jnp.where(top | far, 0, terms))
     far_sum = _sum(spec, jnp.where(far, terms, 0))
     # The terms join last: added to the count of ties, their digits would be lost.
