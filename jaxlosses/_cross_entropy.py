@@ -372,8 +372,7 @@ def _loss(static: _Static, arrays: _Arrays) -> Any:
         class_weights,
         _optional(arrays.logit_scale, dtype),
     )
-    evaluate = _logits.statistics_forward if static.forward_mode else _logits.statistics
-    statistics = evaluate(spec, inputs)
+    statistics = _logits.statistics(spec, inputs, static.forward_mode)
     lse = _statistics.lse(inputs, statistics)
     terms = jax.tree.map(
         lambda a: jnp.squeeze(a, spec.axes),

@@ -1,10 +1,10 @@
 """Logit statistics of given logits, differentiable in two ways.
 
-`statistics` is a `custom_vjp`: one backward pass, no array of the logits' size kept.
-`statistics_forward` is the same value and the same pullback as a `custom_jvp`, for
-`jvp`, `jacfwd` and `linearize`, which a `custom_vjp` cannot serve. The backward rule
-of the first calls the second, so higher derivatives of either meet an exact rule and
-not the derivative of an implementation.
+`_reverse` is a `custom_vjp`: one backward pass, no array of the logits' size kept.
+`_forward` is the same value and the same pullback as a `custom_jvp`, for `jvp`,
+`jacfwd` and `linearize`, which a `custom_vjp` cannot serve. The forward pass of the
+first calls the second, so higher derivatives of either meet an exact rule and not the
+derivative of an implementation.
 """
 
 import dataclasses
@@ -41,39 +41,51 @@ class Residuals(NamedTuple):
     nll: Float[Array, "..."]
 
 
+def statistics(spec: Spec, inputs: Inputs, forward_mode: bool = False) -> Statistics:
+    """Statistics of every example, differentiable.
+
+    Args:
+        spec: what is static.
+        inputs: the logits and what belongs to them.
+        forward_mode: use the rule that forward mode can take.
+    """
+    rule = _forward if forward_mode else _reverse
+    return rule(spec, inputs)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def statistics(spec: Spec, inputs: Inputs) -> Statistics:
+def _reverse(spec: Spec, inputs: Inputs) -> Statistics:
     """Logit statistics with a reverse rule."""
     return _evaluate(spec, inputs)
 
 
-def _statistics_fwd(spec: Spec, inputs: Inputs) -> tuple[Statistics, Residuals]:
-    result = statistics_forward(spec, inputs)
+def _reverse_fwd(spec: Spec, inputs: Inputs) -> tuple[Statistics, Residuals]:
+    result = _forward(spec, inputs)
     return result, Residuals(inputs, result.peak, result.spread, result.nll)
 
 
-def _statistics_bwd(spec: Spec, residuals: Residuals, g: Statistics) -> tuple[Inputs]:
+def _reverse_bwd(spec: Spec, residuals: Residuals, g: Statistics) -> tuple[Inputs]:
     kept = Statistics(residuals.peak, residuals.spread, residuals.nll, None, None)
     # What no loss depends on has a cotangent of zeros, not worth a pass.
     cotangents = Cotangents(g.spread if spec.lse else None, g.nll, g.smooth)
-    return (_statistics.pullback(spec, residuals.inputs, kept, cotangents),)
+    return (_pullback(spec, residuals.inputs, kept, cotangents),)
 
 
-statistics.defvjp(_statistics_fwd, _statistics_bwd)
+_reverse.defvjp(_reverse_fwd, _reverse_bwd)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def statistics_forward(spec: Spec, inputs: Inputs) -> Statistics:
+def _forward(spec: Spec, inputs: Inputs) -> Statistics:
     """Logit statistics with a forward rule, which can also be transposed."""
     return _evaluate(spec, inputs)
 
 
-@statistics_forward.defjvp
-def _statistics_jvp(
+@_forward.defjvp
+def _forward_jvp(
     spec: Spec, primals: Any, tangents: Any
 ) -> tuple[Statistics, Statistics]:
     (inputs,), (d_inputs,) = primals, tangents
-    result = statistics_forward(spec, inputs)
+    result = _forward(spec, inputs)
     kept = Statistics(result.peak, result.spread, result.nll, None, None)
     # Checkpointed, so that reverse mode through the tangent keeps what the
     # custom_vjp keeps and rebuilds the probabilities.
@@ -90,20 +102,42 @@ def _push(spec: Spec, inputs: Inputs, kept: Statistics, d_inputs: Inputs) -> Cot
     """Tangents of the statistics: the transpose of their pullback."""
 
     def pull(g: Cotangents) -> Inputs:
-        d = _statistics.pullback(spec, inputs, kept, g, linear=True)
+        d = _pullback(spec, inputs, kept, g, linear=True)
         return jax.tree.map(
             lambda _, leaf: leaf, d_inputs, d, is_leaf=lambda leaf: leaf is None
         )
 
-    zero = jnp.zeros_like(kept.nll)
-    example = Cotangents(zero, zero, zero if spec.smooth else None)
+    like = kept.nll
+    example = Cotangents(like, like, like if spec.smooth else None)
     (d,) = jax.linear_transpose(pull, example)(d_inputs)
     return d
+
+
+def _pullback(
+    spec: Spec, inputs: Inputs, kept: Statistics, g: Cotangents, linear: bool = False
+) -> Inputs:
+    d = _statistics.pullback(spec, inputs, kept, g, linear=linear)
+    return Inputs(*(_summed_like(a, b) for a, b in zip(d, inputs, strict=True)))
 
 
 def _differentiable(d_inputs: Inputs) -> Inputs:
     """The tangents without those of integers and booleans, which are float0."""
     return jax.tree.map(lambda t: None if t.dtype == dtypes.float0 else t, d_inputs)
+
+
+def _summed_like(cotangent: Array | None, primal: Any) -> Any:
+    """Inside a `shard_map`, sums a cotangent over axes on which its primal is equal."""
+    if cotangent is None:
+        return None
+    axes = _varying_axes(cotangent) - _varying_axes(primal)
+    return lax.psum(cotangent, tuple(sorted(axes))) if axes else cotangent
+
+
+def _varying_axes(a: Array) -> frozenset[str]:
+    aval = jax.typeof(a)
+    # JAX 0.10 moved `vma` into the type of the manual axes.
+    manual = getattr(aval, "manual_axis_type", None)
+    return aval.vma if manual is None else manual.varying
 
 
 def _evaluate(spec: Spec, inputs: Inputs) -> Statistics:
@@ -124,6 +158,8 @@ def _may_block(spec: Spec, inputs: Inputs) -> bool:
     """
     *batch, num_classes = inputs.logits.shape
     if spec.dense or spec.axes != (len(batch),) or num_classes == 0:
+        return False
+    if spec.axis_name:  # every block would wait for its own collectives
         return False
     if inputs.where is not None and inputs.where.size not in (
         num_classes,
@@ -148,23 +184,23 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
         lambda a: a if a.ndim == 0 else a.reshape(-1, a.shape[-1]), inputs
     )
 
-    def step(i: Array, out: Statistics) -> Statistics:
-        # Both slices clamp their start: the last block is whole, and writes some rows
-        # a second time.
-        def take(a: Array) -> Array:
-            if a.ndim == 0 or a.shape[0] != num_rows:
-                return a
-            return lax.dynamic_slice_in_dim(a, i * rows, rows)
-
-        def put(whole: Array, block: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(whole, block, i * rows, axis=0)
-
-        return jax.tree.map(put, out, evaluate(jax.tree.map(take, inputs)))
-
     if rows >= num_rows:
         out = evaluate(inputs)
     else:
-        shapes = jax.eval_shape(evaluate, inputs)
-        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        out = lax.fori_loop(0, -(-num_rows // rows), step, empty)
+
+        def block(i: Array) -> Statistics:
+            def take(a: Array) -> Array:
+                if a.ndim == 0 or a.shape[0] != num_rows:
+                    return a
+                return lax.dynamic_slice_in_dim(a, i * rows, rows)
+
+            return evaluate(jax.tree.map(take, inputs))
+
+        def join(blocks: Array) -> Array:
+            # A slice clamps its start: the last block is whole, and overlaps.
+            head, tail = blocks[:-1].reshape(-1, 1), blocks[-1]
+            return jnp.concatenate([head, tail[len(head) - num_rows :]])
+
+        num_blocks = -(-num_rows // rows)
+        out = jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)

@@ -1,0 +1,102 @@
+"""Blocking by rows on CPU: the same values as in one piece, and only where sound."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxlosses import _logits, _statistics
+from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
+from jaxlosses._statistics import Inputs, Spec
+
+CLASSES = 13
+
+
+def make_inputs(batch: tuple[int, ...], where: str) -> Inputs:
+    rng = np.random.default_rng(sum(batch))
+    logits = (3 * rng.normal(size=(*batch, CLASSES))).astype(np.float32)
+    labels = rng.integers(-1, CLASSES, size=(*batch, 1)).astype(np.int32)
+    shape = {"none": None, "shared": (1,) * len(batch), "full": batch}[where]
+    mask = None if shape is None else jnp.asarray(rng.random((*shape, CLASSES)) < 0.8)
+    return Inputs(
+        jnp.asarray(logits),
+        jnp.asarray(labels),
+        mask,
+        jnp.asarray(rng.random((*batch, 1)) < 0.8),
+        jnp.asarray(rng.random((1,) * len(batch) + (CLASSES,)), np.float32),
+        jnp.float32(0.7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "where"),
+    [
+        ((), 1, "none"),
+        ((1,), 1, "full"),
+        ((15,), 1, "none"),
+        ((15,), 2, "full"),
+        ((3, 5), 7, "shared"),
+        ((3, 5), 5, "full"),
+        ((15,), 100, "shared"),
+        ((0,), 1, "none"),
+    ],
+    ids=str,
+)
+def test_blocks_give_the_statistics_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, batch: tuple[int, ...], rows: int, where: str
+) -> None:
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", rows * CLASSES)
+    inputs = make_inputs(batch, where)
+    spec = Spec((len(batch),), False, 5.0, True, True, True)
+    whole = jax.jit(lambda x: _statistics.evaluate(spec, x))(inputs)
+    blocked = jax.jit(lambda x: _logits._evaluate_blocked(spec, x))(inputs)
+    for a, b in zip(whole, blocked, strict=True):
+        assert a.shape == b.shape == (*batch, 1)
+        np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)
+
+
+def test_blocks_are_exact_for_confident_rows_of_many_classes() -> None:
+    rng = np.random.default_rng(0)
+    for margin in (0.0, 20.0, 80.0):
+        logits, ids = oracle.confident_logits(rng, 45, 50257, margin)
+        inputs = Inputs(jnp.asarray(logits), jnp.asarray(ids)[:, None])
+        got = jax.jit(lambda x: _logits._evaluate_blocked(Spec((1,), False), x))(inputs)
+        want = oracle.loss(logits, ids)
+        np.testing.assert_allclose(got.nll[:, 0], want, rtol=4e-6)
+
+
+def loops(function: object, *args: jax.Array) -> int:
+    return str(jax.make_jaxpr(function)(*args)).count("scan[")
+
+
+def test_rows_are_not_blocked_where_they_may_be_sharded() -> None:
+    """Under automatic sharding the trace cannot see whether they are."""
+    logits, labels = jnp.zeros((8, 2**20), jnp.bfloat16), jnp.zeros(8, jnp.int32)
+    assert jax.device_count("cpu") == 8
+    assert loops(loss_fn, logits, labels) == 0
+
+
+def test_rows_are_blocked_inside_shard_map() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(
+        loss_fn, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
+    )
+    logits, labels = jnp.zeros((32, 2**19)), jnp.zeros(32, jnp.int32)
+    assert loops(sharded, logits, labels) == 1
+    np.testing.assert_allclose(sharded(logits, labels), np.log(2.0**19), rtol=1e-6)
+
+
+def test_split_classes_are_not_blocked() -> None:
+    """A block would wait for its own collectives."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(
+        lambda z, y: loss_fn(z, y, axis_name="model"),
+        mesh=mesh,
+        in_specs=(P(None, "model"), P()),
+        out_specs=P(),
+    )
+    logits, labels = jnp.zeros((4, 2**22)), jnp.zeros(4, jnp.int32)
+    assert loops(sharded, logits, labels) == 0
