@@ -5,7 +5,8 @@ House format: *argument: what came, what was expected. The fix.*
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import chex
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 Shape = tuple[int, ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _REDUCTIONS = ("none", "sum", "mean")
@@ -95,14 +97,19 @@ def integer_labels(x: Any, shape: Shape, axes: Shape) -> Array:
 
 def is_integer(argument: str, x: Any) -> None:
     """Class ids, not numbers that look like them."""
+    fix = (
+        "For a distribution over classes call softmax_cross_entropy; class ids held "
+        f"as floats convert with {argument}.astype(jnp.int32)."
+    )
+    if x.dtype == jnp.bool_:
+        fix = f"For 0/1 labels convert with {argument}.astype(jnp.int32)."
     _demand(
         jnp.issubdtype(x.dtype, jnp.integer),
         TypeError,
         argument,
         f"dtype {x.dtype}",
         "an integer dtype (class ids)",
-        "For a distribution over classes call softmax_cross_entropy; class ids held "
-        f"as floats convert with {argument}.astype(jnp.int32).",
+        fix,
     )
 
 
@@ -121,7 +128,7 @@ def dense_labels(x: Any, shape: Shape, axes: Shape) -> Array:
     fix = "Give one weight per class and example."
     if x.shape == batch and jnp.issubdtype(x.dtype, jnp.integer):
         fix = "For class ids call softmax_cross_entropy_with_integer_labels."
-    elif x.ndim < len(shape):
+    elif x.shape == tuple(shape[i] for i in axes):
         fix = "Add batch axes of size 1 to share one distribution: labels[None, :]."
     allowed = [n if i in axes else {1, n} for i, n in enumerate(shape)]
     expected = f"{shape}, or 1 on a batch axis, for logits of shape {shape}"
@@ -145,7 +152,9 @@ def where(x: Any, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None
     batch = batch_shape(shape, axes)
     if x.ndim != len(shape) and x.shape == batch:
         return None, x
-    fix = "Index a class mask up to the logits' rank: mask[None, :]."
+    fix = "Give one flag per class, per class and example, or per example."
+    if x.shape == tuple(shape[i] for i in axes):
+        fix = "Index a class mask up to the logits' rank: mask[None, :]."
     expected = f"{shape} or broadcastable to it with the same rank, or {batch}"
     _demand_shape("where", x, [{1, n} for n in shape], expected, fix)
     classes = [n if i in axes else x.shape[i] for i, n in enumerate(shape)]
@@ -158,6 +167,8 @@ def weights(x: Any, batch: Shape) -> Array | None:
         return None
     x = _floating("weights", x)
     fix = "Give one weight per example, or a constant through jnp.full."
+    if x.shape == (*batch, 1):
+        fix = f"Drop the last axis: weights[{':, ' * len(batch)}0]."
     _demand_shape("weights", x, batch, f"{batch}, one per example", fix)
     return x
 
@@ -195,7 +206,7 @@ def label_smoothing(x: Any) -> Any:
 
 def z_loss(x: Any) -> Any:
     """A coefficient, or None for zero."""
-    return _scalar("z_loss", x, 0.0, math.inf, "a number of 0 or more")
+    return _scalar("z_loss", x, 0.0, math.inf, "a finite number of 0 or more")
 
 
 def logit_scale(x: Any) -> Any:
@@ -235,7 +246,7 @@ def reduction(x: Any) -> Any:
         "reduction",
         repr(x),
         'one of "none", "sum", "mean"',
-        'Pass "none" for one loss per example.',
+        '"none" returns one loss per example, "sum" and "mean" a scalar.',
     )
     return x
 
@@ -251,6 +262,15 @@ def axis_name(x: Any) -> tuple[str, ...]:
         "a mesh axis name, a tuple of them, or None",
         'Name the axis that splits the classes inside shard_map: axis_name="model".',
     )
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            message = (
+                f"axis_name: got {x!r}, expected a mesh axis of an enclosing "
+                "shard_map. Outside of shard_map, shard the logits and pass None."
+            )
+            raise ValueError(message) from None
     return names
 
 
@@ -265,6 +285,12 @@ def flag(argument: str, x: Any) -> bool:
         "It is static: pass a Python bool.",
     )
     return bool(x)
+
+
+def has_own_messages(function: Function) -> Function:
+    """Keeps run-time type checkers off a function that checks its arguments itself."""
+    function.__no_type_check__ = True  # type: ignore[attr-defined]
+    return function
 
 
 def _demand(
@@ -295,8 +321,8 @@ def _array(argument: str, x: Any) -> Array:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         message = (
-            f"{argument}: got {_describe(x)}, expected an array or what jnp.asarray "
-            f"converts to one. {error}"
+            f"{argument}: got {_describe(x)}, expected an array, or numbers that "
+            "jnp.asarray converts to one. Pass a JAX or NumPy array."
         )
         raise TypeError(message) from error
 
@@ -355,4 +381,6 @@ def _is_real(dtype: Any) -> bool:
 def _describe(x: Any) -> str:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"an array of shape {tuple(x.shape)} and dtype {x.dtype}"
+    if isinstance(x, dict | list | tuple | set):
+        return f"a {type(x).__name__}"
     return f"{x!r} of type {type(x).__name__}"

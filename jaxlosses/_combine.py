@@ -6,8 +6,9 @@ statistics.
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -31,7 +32,7 @@ class Stats(NamedTuple):
     lse: Float[Array, "*B"]
     nll: Float[Array, "*B"]
     z_loss: Float[Array, "*B"]
-    predicted: Int[Array, "*B"]
+    predicted: Integer[Array, "*B"]
     correct: Bool[Array, "*B"]
 
 
@@ -69,6 +70,11 @@ def per_example(
 ) -> Float[Array, "*B"]:
     """Loss of each example, in nats, zero where it does not count."""
     label_smoothing, z_loss = coefficients
+    if example.weights is not None:
+        # An example of weight zero does not count, whatever it holds; yet where its
+        # loss is finite, that loss is the derivative by the weight.
+        off = example.weights == 0
+        terms = jax.tree.map(lambda a: jnp.where(off & ~jnp.isfinite(a), 0, a), terms)
     loss = terms.nll
     if example.label_weights is not None:
         loss = _weigh(example.label_weights, loss)
@@ -76,12 +82,7 @@ def per_example(
         loss = (1 - label_smoothing) * loss + _weigh(label_smoothing, terms.smooth)
     if z_loss is not None:
         loss = loss + penalty(z_loss, terms.lse)
-    if example.weights is not None:
-        # An example of weight zero does not count, whatever it holds; yet where its
-        # loss is finite, that loss is the derivative by the weight.
-        hidden = (example.weights == 0) & ~jnp.isfinite(loss)
-        loss = example.weights * jnp.where(hidden, 0, loss)
-    return loss
+    return loss if example.weights is None else example.weights * loss
 
 
 def penalty(z_loss: Float[Array, ""], lse: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -117,5 +118,6 @@ def denominator(loss: Float[Array, "*B"], example: Example) -> Float[Array, ""]:
 
 
 def _weigh(weight: Float[Array, "..."], loss: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """`weight * loss` with `0 * inf = 0`; a NaN stays."""
+    """`weight * loss` with `0 * inf = 0`; a NaN stays, in the gradient as well."""
+    weight = jnp.where(jnp.isnan(loss), jnp.nan, weight)
     return weight * jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, jaxtyped
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine, _logits, _statistics
 from jaxlosses._combine import Coefficients, Example, Reduction, Stats, Terms
 from jaxlosses._statistics import Inputs, Spec
 
 
-@jaxtyped(typechecker=None)  # the checks below say more than a type checker
+@_checks.has_own_messages
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -139,7 +139,7 @@ def softmax_cross_entropy(
     )
 
 
-@jaxtyped(typechecker=None)
+@_checks.has_own_messages
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -436,8 +436,8 @@ def _counted(static: _Static, arrays: _Arrays) -> Bool[Array, "..."] | None:
 
 
 def _class_ids(
-    spec: Spec, shape: tuple[int, ...], labels: Int[Array, "..."]
-) -> Int[Array, "..."]:
+    spec: Spec, shape: tuple[int, ...], labels: Integer[Array, "..."]
+) -> Integer[Array, "..."]:
     """The labels as int32, with -1 for one that is no class."""
     num_classes = math.prod(shape[axis] for axis in spec.axes)
     num_classes *= _statistics.num_shards(spec)
@@ -448,7 +448,10 @@ def _class_ids(
 
 
 def _label_weights(
-    spec: Spec, class_weights: Float[Array, " V"], ids: Int[Array, "..."], dtype: Any
+    spec: Spec,
+    class_weights: Float[Array, " V"],
+    ids: Integer[Array, "..."],
+    dtype: Any,
 ) -> Float[Array, "..."]:
     """The class weight of each label; for one that is no class, the loss is NaN."""
     if class_weights.size == 0:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxlosses import _statistics
@@ -80,7 +81,6 @@ def _forward(spec: Spec, inputs: Inputs) -> Statistics:
     return _evaluate(spec, inputs)
 
 
-@_forward.defjvp
 def _forward_jvp(
     spec: Spec, primals: Any, tangents: Any
 ) -> tuple[Statistics, Statistics]:
@@ -98,14 +98,19 @@ def _forward_jvp(
     return result, Statistics(d_peak, d.spread, d.nll, d.smooth, d_predicted)
 
 
+# What is not differentiated must not become an array of zeros that is kept.
+_forward.defjvp(_forward_jvp, symbolic_zeros=True)
+
+
 def _push(spec: Spec, inputs: Inputs, kept: Statistics, d_inputs: Inputs) -> Cotangents:
     """Tangents of the statistics: the transpose of their pullback."""
 
     def pull(g: Cotangents) -> Inputs:
         d = _pullback(spec, inputs, kept, g, linear=True)
-        return jax.tree.map(
-            lambda _, leaf: leaf, d_inputs, d, is_leaf=lambda leaf: leaf is None
-        )
+        wanted: list[Any] = [
+            b if a is not None else None for a, b in zip(d_inputs, d, strict=True)
+        ]
+        return Inputs(*wanted)
 
     like = kept.nll
     example = Cotangents(like, like, like if spec.smooth else None)
@@ -121,8 +126,12 @@ def _pullback(
 
 
 def _differentiable(d_inputs: Inputs) -> Inputs:
-    """The tangents without those of integers and booleans, which are float0."""
-    return jax.tree.map(lambda t: None if t.dtype == dtypes.float0 else t, d_inputs)
+    """The tangents, with None for what is not differentiated."""
+    return jax.tree.map(
+        lambda t: None if isinstance(t, SymbolicZero) else t,
+        d_inputs,
+        is_leaf=lambda t: isinstance(t, SymbolicZero),
+    )
 
 
 def _summed_like(cotangent: Array | None, primal: Any) -> Any:
@@ -157,7 +166,9 @@ def _may_block(spec: Spec, inputs: Inputs) -> bool:
     process that has one CPU device, and the inside of a `shard_map`.
     """
     *batch, num_classes = inputs.logits.shape
-    if spec.dense or spec.axes != (len(batch),) or num_classes == 0:
+    if spec.axes != (len(batch),) or num_classes == 0:
+        return False
+    if spec.dense and inputs.labels.shape != inputs.logits.shape:
         return False
     if spec.axis_name:  # every block would wait for its own collectives
         return False
@@ -167,9 +178,14 @@ def _may_block(spec: Spec, inputs: Inputs) -> bool:
     ):
         return False
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count("cpu") == 1
-    return mesh.are_all_axes_manual
+    return _num_cpus() == 1 if mesh.empty else mesh.are_all_axes_manual
+
+
+def _num_cpus() -> int:
+    try:
+        return jax.device_count("cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves them out
+        return 0
 
 
 def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
@@ -192,7 +208,12 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
             def take(a: Array) -> Array:
                 if a.ndim == 0 or a.shape[0] != num_rows:
                     return a
-                return lax.dynamic_slice_in_dim(a, i * rows, rows)
+                if a.dtype.itemsize != 2:
+                    return lax.dynamic_slice_in_dim(a, i * rows, rows)
+                # As integers, or XLA would convert the whole array to float32.
+                bits = lax.bitcast_convert_type(a, jnp.uint16)
+                bits = lax.dynamic_slice_in_dim(bits, i * rows, rows)
+                return lax.bitcast_convert_type(bits, a.dtype)
 
             return evaluate(jax.tree.map(take, inputs))
 

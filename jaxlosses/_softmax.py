@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, jaxtyped
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxlosses import _checks, _statistics
 from jaxlosses._statistics import Inputs, Mask, Spec, Values
 
 
-@jaxtyped(typechecker=None)  # the checks below say more than a type checker
+@_checks.has_own_messages
 def softmax(
     logits: ArrayLike,
     axis: int | tuple[int, ...] | None = -1,
@@ -59,7 +59,7 @@ def softmax(
     return _run(_softmax, logits, axis, where)
 
 
-@jaxtyped(typechecker=None)
+@_checks.has_own_messages
 def log_softmax(
     logits: ArrayLike,
     axis: int | tuple[int, ...] | None = -1,

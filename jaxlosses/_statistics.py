@@ -8,15 +8,15 @@ decided elsewhere; smoothing, weights and reductions are applied elsewhere.
 Notation, for one example with logits `z` after cap and scale, and classes `j`:
 
     m      = max_j z_j                                   the peak
-    s      = sum_{j != argmax} exp(z_j - m)              the excess
-    spread = log1p(s)                 so that  lse = m + spread
+    spread = log sum_j exp(z_j - m)           so that  lse = m + spread
     nll    = spread + (m - z_y)                          integer label y
     nll    = sum_j t_j (spread + (m - z_j))              targets t_j = q_j w_j
     smooth = sum_j u_j (spread + (m - z_j))              u_j = w_j / number of classes
 
-Nothing here subtracts two large numbers: the excess is summed without the maximum
-itself, and both terms of `nll` are non-negative. That is why a confident example
-keeps its digits.
+Nothing here subtracts two large numbers. The sum of exponentials is taken without the
+entry that would be one (the label's, or those at the peak) and relative to the largest
+of the rest, so it neither cancels nor underflows; both terms of `nll` are
+non-negative. That is why a confident example keeps its digits.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +54,8 @@ class Spec:
 
 
 Values = Float[Array, "..."]
-Ids = Int[Array, "..."]
+Ids = Integer[Array, "..."]
 Mask = Bool[Array, "..."]
-
-# Between the underflow of float32, 87 nats, and half of it.
-_FAR = 64.0
 
 
 class Inputs(NamedTuple):
@@ -113,16 +110,22 @@ def accumulation_dtype(dtype: Any) -> Any:
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
     """What turns logits into probabilities: `log p = gap - spread`.
 
+    With `r` the largest logit below the peak `m`, `S = sum_{z_j < m} exp(z_j - r)` and
+    `n` logits at the peak, `spread = log1p(n - 1 + S exp(r - m))`.
+
     Returns:
         `gap = z - m`, of the logits' shape, `-inf` for a masked class; `peak`, before
         the magnitude of the scale; and `spread`.
     """
-    signed, magnitude, _ = _transformed(spec, inputs)
-    if inputs.where is not None:
-        signed = jnp.where(inputs.where, signed, -jnp.inf)
+    signed, magnitude = _signed(spec, inputs)
     peak = _distribution(_max(spec, signed))
-    gap, low = _difference(signed, peak, magnitude)
-    return gap + low, peak, jnp.log1p(_excess(spec, gap, low))
+    top = signed == peak
+    rival, mass = _rivals(spec, jnp.where(top, -jnp.inf, signed), magnitude)
+    ratio = _exp_of_sum(*_difference(rival, peak, magnitude))
+    ties = _sum(spec, jnp.where(top, 1, 0).astype(mass.dtype))
+    # The mass joins last: added to the count of ties, its digits would be lost.
+    spread = jnp.log1p((ties - 1) + mass * ratio)
+    return _scaled(signed - peak, magnitude), peak, jnp.where(ties == 0, peak, spread)
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
@@ -153,25 +156,15 @@ def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, 
 
     `S` is at least one, so nothing underflows, and every term is non-negative.
     """
-    signed, magnitude, _ = _transformed(spec, inputs)
-    if inputs.where is not None:
-        signed = jnp.where(inputs.where, signed, -jnp.inf)
+    signed, magnitude = _signed(spec, inputs)
     is_label = _is_label(spec, inputs)
-    others = jnp.where(is_label, -jnp.inf, signed)
     if spec.in_cache:
-        # XLA:CPU runs a reduction on its fast path, and copies bfloat16 to float32,
-        # only for an array in memory: let that be one block.
-        others = lax.optimization_barrier(others)
         (axis,) = spec.axes
         label = jnp.take_along_axis(signed, jnp.maximum(inputs.labels, 0), axis)
         label = jnp.where(inputs.labels < 0, -jnp.inf, label)
     else:
         label = _max(spec, jnp.where(is_label, signed, -jnp.inf))
-    rival = _max(spec, others)
-    # Without a rival, -inf - (-inf) would be NaN.
-    gap = others - jnp.where(rival == -jnp.inf, 0, rival)
-    mass = _sum(spec, jnp.exp(gap if magnitude is None else magnitude * gap))
-
+    rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
     lead, low = _difference(label, rival, magnitude)
     ahead = lead >= 0
     ratio = _exp_of_sum(-jnp.abs(lead), jnp.where(ahead, -low, low))
@@ -180,8 +173,21 @@ def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, 
     spread = jnp.where(jnp.isnan(peak), peak, spread)
     nll = spread - jnp.minimum(lead + low, 0)
     nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
-    gap = signed - peak
-    return gap if magnitude is None else magnitude * gap, peak, spread, nll
+    return _scaled(signed - peak, magnitude), peak, spread, nll
+
+
+def _rivals(
+    spec: Spec, others: Values, magnitude: Values | None
+) -> tuple[Values, Values]:
+    """The largest of some logits, and their sum of `exp` relative to it."""
+    if spec.in_cache:
+        # XLA:CPU runs a reduction on its fast path, and copies bfloat16 to float32,
+        # only for an array in memory: let that be one block.
+        others = lax.optimization_barrier(others)
+    rival = _max(spec, others)
+    # Without any, -inf - (-inf) would be NaN.
+    gap = others - jnp.where(rival == -jnp.inf, 0, rival)
+    return rival, _sum(spec, jnp.exp(_scaled(gap, magnitude)))
 
 
 def first(spec: Spec, mask: Mask) -> Ids:
@@ -206,8 +212,8 @@ def pullback(
 
         g_spread p_j + g_nll (T p_j - t_j) + g_smooth (U p_j - u_j)
 
-    `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `1 - p_j` from
-    `expm1`, so that nothing cancels for a confident example.
+    `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `p_j - 1` from
+    `expm1`, so that nothing cancels for a confident example; the same for `u`.
 
     Args:
         spec: what is static.
@@ -230,7 +236,7 @@ def pullback(
 
     signed, magnitude, slope = _transformed(spec, inputs)
     gap = signed - peak
-    log_p = (gap if magnitude is None else magnitude * gap) - spread
+    log_p = _scaled(gap, magnitude) - spread
     p = jnp.exp(log_p)
     # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
     poison = jnp.where(jnp.isnan(nll), jnp.nan, 0)
@@ -239,20 +245,25 @@ def pullback(
     d_labels = d_class_weights = d_scale = None
     if spec.dense:
         targets = _targets(inputs, p.dtype)
-        others = _sum_of_others(spec, targets)
-        d_z = g_nll * (others * p + targets * jnp.expm1(log_p))
+        minus_rest = jnp.expm1(log_p)
+        d_z = g_nll * (_sum_of_others(spec, targets) * p + targets * minus_rest)
+        d_z = d_z if g_spread is None else d_z + g_spread * p
         d_targets = _of_targets(g_nll, log_p, present, linear)
         if jnp.issubdtype(inputs.labels.dtype, jnp.floating):
             d_labels = _sum_to(_weighted(d_targets, inputs), inputs.labels)
         if inputs.class_weights is not None:
             d_class_weights = d_targets * inputs.labels.astype(p.dtype)
     else:
-        d_z = g_nll * jnp.where(_is_label(spec, inputs), jnp.expm1(-nll), p)
-    if g_spread is not None:
-        d_z = d_z + g_spread * p
+        is_label = _is_label(spec, inputs)
+        minus_rest = jnp.where(is_label, jnp.expm1(-nll), p - 1)
+        at_label, elsewhere = g_nll * jnp.expm1(-nll), g_nll
+        if g_spread is not None:
+            at_label, elsewhere = at_label + g_spread * jnp.exp(-nll), g_nll + g_spread
+        d_z = jnp.where(is_label, at_label, elsewhere * p)
     if g_smooth is not None:
         uniform = _uniform(spec, inputs, p.dtype)
-        d_z = d_z + g_smooth * (_sum(spec, uniform) * p - uniform)
+        others = _sum_of_others(spec, uniform)
+        d_z = d_z + g_smooth * (others * p + uniform * minus_rest)
         if inputs.class_weights is not None:
             d_uniform = _of_targets(g_smooth, log_p, present, linear)
             d_uniform = d_uniform / _num_classes(spec, inputs, p.dtype)
@@ -337,18 +348,16 @@ def _exp_of_sum(high: Values, low: Values) -> Values:
     return jnp.exp(high) * series
 
 
-def _excess(spec: Spec, gap: Values, low: Values) -> Values:
-    """Sum of `exp(gap + low)` over all classes but one at the peak."""
-    top = gap == 0
-    ties = _sum(spec, jnp.where(top, 1, 0).astype(gap.dtype))
-    # Far below the peak, exp would underflow and leave nothing of a confident
-    # example's loss; moved up by a constant, which is exact there, it does not.
-    far = gap < -_FAR
-    terms = _exp_of_sum(jnp.where(far, gap + _FAR, gap), low)
-    near_sum = _sum(spec, jnp.where(top | far, 0, terms))
-    far_sum = _sum(spec, jnp.where(far, terms, 0))
-    # The terms join last: added to the count of ties, their digits would be lost.
-    return (ties - 1) + (near_sum + math.exp(-_FAR) * far_sum)
+def _scaled(gap: Values, magnitude: Values | None) -> Values:
+    return gap if magnitude is None else magnitude * gap
+
+
+def _signed(spec: Spec, inputs: Inputs) -> tuple[Values, Values | None]:
+    """`sign(scale) * cap(logits)`, `-inf` for a masked class, and `|scale|`."""
+    signed, magnitude, _ = _transformed(spec, inputs)
+    if inputs.where is not None:
+        signed = jnp.where(inputs.where, signed, -jnp.inf)
+    return signed, magnitude
 
 
 def _transformed(
@@ -446,14 +455,13 @@ def _of_targets(g: Values, log_p: Values, present: Mask | None, linear: bool) ->
 def _sum_of_others(spec: Spec, targets: Values) -> Values:
     """For each class, the sum of the targets of the other classes.
 
-    `sum(t) - t_j` loses its digits where one target dominates, so the dominating one
-    is left out of the sum instead.
+    `sum(t) - t_j` loses its digits where one target dominates, so the others of that
+    one are summed by themselves.
     """
-    top = targets == _max(spec, lax.stop_gradient(targets))
-    ties = _sum(spec, top.astype(targets.dtype))
-    largest = _sum(spec, jnp.where(top, targets, 0)) / ties
-    rest = (ties - 1) * largest + _sum(spec, jnp.where(top, 0, targets))
-    return jnp.where(top, rest, largest + (rest - targets))
+    total = _sum(spec, targets)
+    dominates = targets > total / 2
+    rest = _sum(spec, jnp.where(dominates, 0, targets))
+    return jnp.where(dominates, rest, total - targets)
 
 
 def _counted_only(statistics: Statistics, counted: Mask | None) -> Statistics:

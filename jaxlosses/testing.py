@@ -186,12 +186,12 @@ def check_loss(
     if failed:
         raise AssertionError(
             f"{len(failed)} of {len(checks)} comparisons fail. The error is in units "
-            f"of what is allowed.\n{table(failed)}"
+            f"of what is allowed.\n{_table(failed)}"
         )
     return checks
 
 
-def table(checks: Iterable[Check]) -> str:
+def _table(checks: Iterable[Check]) -> str:
     """The checks as aligned text, one line each."""
     head = (
         "dtype",
