@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks clean
+.PHONY: help demo test bench lint notebooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +19,11 @@ demo: $(VENV)/.demo  ## Train a classifier of handwritten digits
 
 test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# PyTorch and TensorFlow take part where they are installed into $(VENV).
+bench: $(VENV)/.bench  ## Measure time, memory and accuracy beside other libraries
+	$(BIN)/python -m benchmarks run $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks report
 
 lint: $(VENV)/.dev  ## Check style, formatting and types
 	$(BIN)/ruff check

@@ -1,0 +1,1 @@
+"""Time, memory and accuracy of the losses, beside other libraries."""

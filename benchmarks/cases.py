@@ -1,0 +1,211 @@
+"""What is measured, and the inputs. NumPy alone: the workers have no JAX."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+FORWARD = "forward"
+VALUE_AND_GRADIENT = "value-and-gradient"
+STEP = "step"
+# Ceilings of the device: nothing is compared with them in their own case.
+COPY = "copy"
+MATMUL = "matmul"
+
+OURS = "jaxlosses"
+MARGIN = 20.0  # nats between the label and the runner-up in a confident row
+# Values drawn per input, 64 MiB of float32. The rows of a larger one repeat.
+_POOL = 2**24
+# An input smaller than this has a twin, and calls alternate between the two.
+_SINGLE = 2**28
+
+INPUTS = {
+    "random": "logits normal(0, 1), labels uniform",
+    "confident": (
+        "as random, but in 9 of 10 rows the label's logit exceeds all others by "
+        f"{MARGIN:g}"
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One table entry: every contestant runs it, in turns.
+
+    Attributes:
+        model: where logits of this shape come from.
+        batch: rows.
+        classes: columns.
+        dtype: of logits, and of hidden states and kernel in a step.
+        inputs: a key of `INPUTS`.
+        what: `FORWARD` returns one loss per row, `VALUE_AND_GRADIENT` is of their
+            mean, `STEP` has the logits come from a matmul and updates both factors.
+        features: inner size of that matmul, so small that it does not dominate.
+    """
+
+    model: str
+    batch: int
+    classes: int
+    dtype: str
+    inputs: str
+    what: str
+    features: int = 64
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch}x{self.classes}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.shape} {self.dtype} {self.inputs} {self.what}"
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.batch * self.classes * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def turns(self) -> int:
+        """How many inputs the calls alternate between."""
+        return 2 if self.logits_bytes < _SINGLE else 1
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows that are drawn; the others repeat them."""
+        return min(self.batch, math.ceil(_POOL / self.classes))
+
+    @property
+    def repeats(self) -> int:
+        return math.ceil(self.batch / self.pool_rows)
+
+    def pool(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """The drawn rows: float32 logits, still to be rounded, and int32 labels."""
+        return _draw(self.pool_rows, self.classes, self.inputs, turn)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states and kernel whose product is of order 1, in float32."""
+        rng = np.random.default_rng((self.batch, self.classes, self.features))
+        hidden = rng.standard_normal((self.batch, self.features), np.float32)
+        kernel = rng.standard_normal((self.features, self.classes), np.float32)
+        return hidden, kernel / np.float32(math.sqrt(self.features))
+
+
+def confident_rows(case: Case) -> np.ndarray:
+    """Which of the drawn rows have the margin."""
+    rows = np.arange(case.pool_rows)
+    return (rows % 10 != 0) & (case.inputs == "confident")
+
+
+@functools.lru_cache(maxsize=2)
+def _draw(
+    rows: int, classes: int, inputs: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng((rows, classes, seed))
+    logits = rng.standard_normal((rows, classes), np.float32)
+    labels = rng.integers(classes, size=rows, dtype=np.int32)
+    if inputs == "confident":
+        sure = np.flatnonzero(np.arange(rows) % 10)
+        logits[sure, labels[sure]] = -np.inf
+        logits[sure, labels[sure]] = logits[sure].max(axis=-1) + np.float32(MARGIN)
+    return logits, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A run.
+
+    Attributes:
+        cases: most valuable first.
+        peers: who is compared by default.
+        device: `"cpu"` or `"gpu"`.
+        budget: seconds of timed calls per case, for all contestants together.
+        time_limit: seconds after which no further case is started.
+    """
+
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+    device: str
+    budget: float
+    time_limit: float = math.inf
+
+
+_MODELS = (
+    ("digits, MNIST", 65536, 10),
+    ("CIFAR-100", 65536, 128),
+    ("ImageNet", 16384, 1000),
+    ("10k words", 4096, 10000),
+    ("Llama-2", 2048, 32000),
+    ("GPT-2", 2048, 50257),
+    ("Llama-3", 1024, 128256),
+)
+_RAGGED = (("Llama-3, ragged", 1024, 128255), ("Llama-3, ragged", 1023, 128257))
+_DTYPES = ("float32", "bfloat16")
+_LOSSES = (FORWARD, VALUE_AND_GRADIENT)
+
+
+def _cpu() -> Iterator[Case]:
+    for dtype in _DTYPES:
+        for shape in _MODELS:
+            for inputs in INPUTS:
+                for what in _LOSSES:
+                    yield Case(*shape, dtype, inputs, what)
+            yield Case(*shape, dtype, "random", STEP)
+        for shape in _RAGGED:
+            for what in _LOSSES:
+                yield Case(*shape, dtype, "random", what)
+
+
+def _gpu() -> Iterator[Case]:
+    yield Case("1 GiB", 16384, 16384, "float32", "random", COPY)
+    yield Case("square", 8192, 8192, "bfloat16", "random", MATMUL)
+    # The fused linear loss goes here, before the loss on given logits: issue 4.
+    shapes = (
+        ("Llama-2", 32768, 32000),
+        ("GPT-2", 8192, 50257),
+        ("ImageNet", 65536, 1000),
+    )
+    for what in (VALUE_AND_GRADIENT, FORWARD):
+        for shape in shapes:
+            for dtype in ("bfloat16", "float32"):
+                yield Case(*shape, dtype, "random", what)
+    for shape in shapes:
+        yield Case(*shape, "float32", "confident", FORWARD)
+
+
+GROWTH_BATCH, GROWTH_CLASSES = 256, 8192
+
+
+def _growth() -> Iterator[Case]:
+    for dtype in _DTYPES:
+        for what in _LOSSES:
+            for power in range(10, 19):
+                yield Case("V", GROWTH_BATCH, 2**power, dtype, "random", what)
+            for power in range(6, 14):
+                yield Case("B", 2**power, GROWTH_CLASSES, dtype, "random", what)
+
+
+def _quick() -> Iterator[Case]:
+    shape = ("digits, MNIST", 96, 10)
+    yield Case(*shape, "float32", "confident", FORWARD)
+    yield Case(*shape, "bfloat16", "random", VALUE_AND_GRADIENT)
+    yield Case(*shape, "float32", "random", STEP, features=4)
+
+
+PRESETS = {
+    "cpu": Preset(
+        tuple(_cpu()),
+        ("optax", "jax.nn", "torch", "torch.compile", "tensorflow"),
+        "cpu",
+        budget=4.0,
+    ),
+    "gpu": Preset(
+        tuple(_gpu()),
+        ("optax", "jax.nn", "torch", "torch.compile"),
+        "gpu",
+        budget=4.0,
+        time_limit=510.0,
+    ),
+    "growth": Preset(tuple(_growth()), ("optax",), "cpu", budget=1.5),
+    "quick": Preset(tuple(_quick()), ("optax",), "cpu", budget=0.1),
+}

@@ -1,0 +1,139 @@
+"""One case: calls in turns, medians of paired ratios, errors against float64."""
+
+import contextlib
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.cases import FORWARD, OURS, Case, confident_rows
+from benchmarks.peers import Contestant, PeerError, first_line
+
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 40
+# So long do thread pools look for more work before they sleep.
+_PAUSE = 0.005
+# A GPU takes calls while it works: one sample is as many calls as last so long.
+_GPU_SAMPLE_MS = 20.0
+_MAX_CALLS = 200
+
+
+class Measurement:
+    """One case and those who are still able to run it.
+
+    Attributes:
+        failed: contestant to the reason why it has no entry.
+    """
+
+    def __init__(
+        self, case: Case, contestants: dict[str, Contestant], floor: str
+    ) -> None:
+        self._case, self._floor = case, floor
+        self._contestants = dict(contestants)
+        self.failed: dict[str, str] = {}
+
+    def entries(self, budget: float, *, on_gpu: bool) -> dict[str, Any]:
+        """Runs everyone in turns for about `budget` seconds; one entry each."""
+        self._times(0)  # the first call of all pays for what is set up lazily
+        estimates = self._times(1)
+        errors = self._errors() if self._case.what == FORWARD else {}
+        calls = dict.fromkeys(estimates, 1)
+        if on_gpu:
+            calls = {
+                name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))
+                for name, ms in estimates.items()
+            }
+        one_round = sum(_PAUSE + 1e-3 * ms * calls[n] for n, ms in estimates.items())
+        rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(budget / one_round)))
+        samples = [self._times(turn, calls) for turn in range(rounds)]
+        return {
+            name: self._entry(name, samples)
+            | ({"worst_error": errors[name]} if name in errors else {})
+            | {"calls_per_sample": calls[name]}
+            for name in self._contestants
+        }
+
+    def _entry(self, name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
+        own = [turn[name] for turn in samples]
+        entry: dict[str, Any] = {"ms": quartiles(own)}
+        for key, other in (("ratio_to_ours", OURS), ("ratio_to_floor", self._floor)):
+            if other in self._contestants:
+                entry[key] = quartiles([turn[name] / turn[other] for turn in samples])
+        entry["temp_bytes"] = self._contestants[name].temp_bytes
+        entry["samples_ms"] = [float(f"{ms:.5g}") for ms in own]
+        return entry
+
+    def _times(
+        self, turn: int, calls: dict[str, int] | None = None
+    ) -> dict[str, float]:
+        """One sample of everyone, in an order that changes with the turn."""
+        order = list(self._contestants)
+        random.Random(turn).shuffle(order)
+        times = {}
+        for name in order:
+            with self._unless_it_fails(name):
+                time.sleep(_PAUSE)
+                each = 1 if calls is None else calls[name]
+                times[name] = self._contestants[name].time(turn, each)
+        return times
+
+    def _errors(self) -> dict[str, dict[str, float]]:
+        exact = exact_losses(self._case)
+        errors = {}
+        for name in [name for name in self._contestants if name != self._floor]:
+            with self._unless_it_fails(name):
+                losses = self._contestants[name].losses()
+                errors[name] = worst_errors(self._case, losses, exact)
+        return errors
+
+    @contextlib.contextmanager
+    def _unless_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (PeerError, jax.errors.JaxRuntimeError) as error:
+            self.failed[name] = first_line(error)
+            del self._contestants[name]
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return [float(f"{q:.5g}") for q in statistics.quantiles(values, method="inclusive")]
+
+
+def exact_losses(case: Case) -> np.ndarray:
+    """Losses of the rounded logits in float64, by a sum without the maximum."""
+    logits, labels = case.pool(0)
+    losses = np.empty(len(labels))
+    # In pieces that fit the cache.
+    rows = max(1, 2**18 // case.classes)
+    for start in range(0, len(labels), rows):
+        piece = logits[start : start + rows].astype(jnp.dtype(case.dtype))
+        z, here = piece.astype(np.float64), np.arange(len(piece))
+        at_label = z[here, labels[start : start + rows]]
+        top = z.argmax(axis=-1)
+        peak = z[here, top]
+        others = np.exp(z - peak[:, None])
+        others[here, top] = 0
+        excess = others.sum(axis=-1)
+        losses[start : start + rows] = np.log1p(excess) + (peak - at_label)
+    return losses
+
+
+def worst_errors(case: Case, losses: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Worst relative error, of rows of order 1 and of confident rows."""
+    # The drawn rows repeat, and so do their losses.
+    wanted = np.resize(exact, case.batch)
+    sure = np.resize(confident_rows(case), case.batch)
+    error = np.abs(losses - wanted) / wanted
+    error[np.isnan(error)] = np.inf
+    groups = {"order 1": ~sure, "confident": sure}
+    return {
+        name: float(f"{error[rows].max():.3g}")
+        for name, rows in groups.items()
+        if rows.any()
+    }

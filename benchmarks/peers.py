@@ -1,0 +1,330 @@
+"""Everyone who takes part, behind one interface.
+
+JAX losses are compiled here. Other frameworks answer from a process of their own.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.cases import (
+    COPY,
+    FORWARD,
+    MATMUL,
+    OURS,
+    STEP,
+    VALUE_AND_GRADIENT,
+    Case,
+)
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Inputs = list[tuple[jax.Array, jax.Array]]
+
+_LEARNING_RATE = 1e-3
+
+
+class Contestant(Protocol):
+    """Compiled and loaded for one case.
+
+    Attributes:
+        temp_bytes: temporary memory of one call, None where unknown.
+    """
+
+    temp_bytes: int | None
+
+    def time(self, turn: int, calls: int) -> float:
+        """Milliseconds per call."""
+        ...
+
+    def losses(self) -> np.ndarray:
+        """What a forward call returns."""
+        ...
+
+
+class PeerError(Exception):
+    """A peer cannot be started, or cannot run a case."""
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+# One function per JAX peer: `(logits, labels)` to one loss per row.
+
+
+def _jaxlosses() -> Loss:
+    import jaxlosses
+
+    return jaxlosses.softmax_cross_entropy_with_integer_labels
+
+
+def _optax() -> Loss:
+    import optax
+
+    loss: Loss = optax.softmax_cross_entropy_with_integer_labels
+    return loss
+
+
+def _jax_nn() -> Loss:
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+
+    return loss
+
+
+_LOSSES: dict[str, Callable[[], Loss]] = {
+    OURS: _jaxlosses,
+    "optax": _optax,
+    "jax.nn": _jax_nn,
+}
+_WORKERS = ("torch", "torch.compile", "tensorflow")
+PEERS = (*(name for name in _LOSSES if name != OURS), *_WORKERS)
+
+
+def _half_square(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """A loss whose gradient is its argument: a step of it is nearly all matmul."""
+    return (logits * logits).sum(axis=-1) / 2
+
+
+def _floor(case: Case) -> tuple[str, Callable[..., Any]]:
+    """The least that a case must do, by its name and as a function."""
+    return {
+        FORWARD: ("max", lambda z, y: z.max(axis=-1)),
+        VALUE_AND_GRADIENT: ("x + 1", lambda z, y: z + 1),
+        STEP: ("matmuls", _step(_half_square)),
+        COPY: ("x + 1", lambda z, y: z + 1),
+        MATMUL: ("x @ x", lambda z, y: z @ z),
+    }[case.what]
+
+
+def _measured(case: Case, loss: Loss) -> Callable[..., Any]:
+    """What of a loss a case measures."""
+    if case.what == FORWARD:
+        return loss
+    if case.what == VALUE_AND_GRADIENT:
+        return jax.value_and_grad(lambda z, y: loss(z, y).mean())
+    return _step(loss)
+
+
+def _step(loss: Loss) -> Callable[..., Any]:
+    def step(factors: Any, labels: jax.Array) -> tuple[Any, jax.Array]:
+        def objective(factors: Any) -> jax.Array:
+            hidden, kernel = factors
+            return loss(hidden @ kernel, labels).mean()
+
+        value, gradients = jax.value_and_grad(objective)(factors)
+        updated = jax.tree.map(lambda p, g: p - _LEARNING_RATE * g, factors, gradients)
+        return updated, value
+
+    return step
+
+
+class _Compiled:
+    """A JAX function of logits and labels."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
+        self._function = jax.jit(function).lower(*inputs[0]).compile()
+        self.temp_bytes = _temp_bytes(self._function)
+        self._inputs = inputs
+
+    def time(self, turn: int, calls: int) -> float:
+        inputs = self._inputs[turn % len(self._inputs)]
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = self._function(*inputs)
+        jax.block_until_ready(result)
+        elapsed = time.perf_counter() - start
+        del result  # outside of the clock, as a peer's result is
+        return 1e3 * elapsed / calls
+
+    def losses(self) -> np.ndarray:
+        return np.asarray(self._function(*self._inputs[0]), np.float64)
+
+
+class _CompiledStep:
+    """A JAX training step, whose factors are donated from call to call."""
+
+    def __init__(
+        self, function: Callable[..., Any], factors: Any, labels: jax.Array
+    ) -> None:
+        compiled = jax.jit(function, donate_argnums=0).lower(factors, labels).compile()
+        self.temp_bytes = _temp_bytes(compiled)
+        self._function, self._labels = compiled, labels
+        self._factors = jax.tree.map(jnp.copy, factors)
+
+    def time(self, turn: int, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            self._factors, value = self._function(self._factors, self._labels)
+        jax.block_until_ready((self._factors, value))
+        return 1e3 * (time.perf_counter() - start) / calls
+
+    def losses(self) -> np.ndarray:
+        raise NotImplementedError("A step returns no loss per row.")
+
+
+def _temp_bytes(compiled: Any) -> int | None:
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+class _Remote:
+    """A case that a worker has loaded."""
+
+    def __init__(self, worker: "Worker", case: Case) -> None:
+        self._ask = worker.ask
+        answer = worker.ask("prepare", case=dataclasses.asdict(case))
+        self.temp_bytes = answer["temp_bytes"]
+
+    def time(self, turn: int, calls: int) -> float:
+        return float(self._ask("time", turn=turn, calls=calls)["ms"])
+
+    def losses(self) -> np.ndarray:
+        return np.array(self._ask("losses")["losses"])
+
+
+class Worker:
+    """A long-lived process with another framework, idle unless asked."""
+
+    def __init__(self, name: str, python: str, device: str, threads: int) -> None:
+        root = str(pathlib.Path(__file__).parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker", name, device, str(threads)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.about: dict[str, str] = self._answer()["about"]
+
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        # A process that died is found out by its answer.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": method, **arguments}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(f"its process ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise PeerError(answer["failed"])
+        return answer
+
+    def close(self) -> None:
+        # A worker ends with its input.
+        self._process.communicate()
+
+
+class Peers:
+    """Those who take part in a run.
+
+    Attributes:
+        absent: peer to the reason why it is not there.
+        versions: of every package that is measured.
+    """
+
+    def __init__(
+        self, names: Iterable[str], pythons: dict[str, str], device: str, threads: int
+    ) -> None:
+        self._losses: dict[str, Loss] = {}
+        self._workers: dict[str, Worker] = {}
+        self.absent: dict[str, str] = {}
+        self.versions = _versions()
+        for name in (OURS, *names):
+            try:
+                if name in _WORKERS:
+                    python = pythons[name.partition(".")[0]]
+                    worker = Worker(name, python, device, threads)
+                    self._workers[name] = worker
+                    self.versions |= worker.about
+                else:
+                    self._losses[name] = _LOSSES[name]()
+            except (ImportError, OSError, PeerError) as error:
+                self.absent[name] = first_line(error)
+
+    def contestants(
+        self, case: Case
+    ) -> tuple[dict[str, Contestant], str, dict[str, str]]:
+        """Contestants, which of them is the floor, and who failed and why."""
+        floor, least = _floor(case)
+        functions: dict[str, Callable[..., Any]] = {}
+        if case.what not in (COPY, MATMUL):
+            functions = {k: _measured(case, loss) for k, loss in self._losses.items()}
+        functions[floor] = least
+        make: Callable[..., Contestant]
+        if case.what == STEP:
+            factors, labels = _load_factors(case)
+            make = functools.partial(_CompiledStep, factors=factors, labels=labels)
+        else:
+            make = functools.partial(_Compiled, inputs=_load(case))
+        starts: dict[str, Callable[[], Contestant]]
+        starts = {name: functools.partial(make, f) for name, f in functions.items()}
+        ready: dict[str, Contestant] = {}
+        failed = {}
+        if case.what in (FORWARD, VALUE_AND_GRADIENT):
+            for name, worker in self._workers.items():
+                starts[name] = functools.partial(_Remote, worker, case)
+        for name, start in starts.items():
+            try:
+                ready[name] = start()
+            except (PeerError, jax.errors.JaxRuntimeError) as error:
+                failed[name] = first_line(error)
+        return ready, floor, failed
+
+    def release(self) -> None:
+        """Frees what the workers hold of a case."""
+        for worker in self._workers.values():
+            with contextlib.suppress(PeerError):  # reported where it failed to answer
+                worker.ask("release")
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "jaxlosses", "optax", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            try:  # run from a checkout that is not installed
+                found[name] = importlib.import_module(name).__version__
+            except ImportError:
+                continue
+    return found
+
+
+def _load(case: Case) -> Inputs:
+    @jax.jit
+    def load(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = jnp.tile(logits.astype(case.dtype), (case.repeats, 1))
+        return rows[: case.batch], jnp.tile(labels, case.repeats)[: case.batch]
+
+    return [load(*case.pool(turn)) for turn in range(case.turns)]
+
+
+def _load_factors(case: Case) -> tuple[Any, jax.Array]:
+    factors = tuple(jnp.asarray(x, case.dtype) for x in case.factors())
+    return factors, jnp.asarray(np.resize(case.pool(0)[1], case.batch))

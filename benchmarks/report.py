@@ -1,0 +1,543 @@
+"""Tables and plots, from the JSON of runs alone."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.cases import (
+    COPY,
+    FORWARD,
+    GROWTH_BATCH,
+    GROWTH_CLASSES,
+    MATMUL,
+    OURS,
+    STEP,
+    VALUE_AND_GRADIENT,
+)
+
+Result = dict[str, Any]
+Entry = dict[str, Any]
+# An entry is found by what identifies its case, and by its contestant.
+Key = tuple[str, int, int, str, str, str]
+
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+_NAMES = {
+    OURS: "ours",
+    "torch": "PyTorch",
+    "torch.compile": "PyTorch, compiled",
+    "tensorflow": "TensorFlow",
+}
+_LOSSES = (FORWARD, VALUE_AND_GRADIENT)
+_MIB = 2**20
+# Readable on white and on black.
+_TEXT = "#7d8590"
+_COLORS = {
+    OURS: "#3b8eea",
+    "optax": "#e5694c",
+    "jax.nn": "#c79a2b",
+    "torch": "#a371d0",
+    "torch.compile": "#d05fa0",
+    "tensorflow": "#3fa66b",
+}
+
+
+def report(files: Iterable[pathlib.Path], readme: pathlib.Path) -> None:
+    """Writes a page and a plot beside each file, and all tables into the README."""
+    sections = []
+    for path in files:
+        result = _read(path)
+        page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
+        page.write_text(_page(result), "utf-8")
+        _plot(result, picture)
+        sections.append(_section(result, page, picture, readme.parent))
+    _insert("\n\n".join(sections), readme)
+
+
+def summary(path: pathlib.Path) -> str:
+    """The short table of a run."""
+    result = _read(path)
+    return f"{_title(result)}\n\n{_short(result)}"
+
+
+def _read(path: pathlib.Path) -> Result:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _insert(text: str, readme: pathlib.Path) -> None:
+    whole = readme.read_text("utf-8")
+    if whole.count(START) != 1 or whole.count(END) != 1:
+        raise SystemExit(
+            f"{readme}: got {whole.count(START)} lines {START} and "
+            f"{whole.count(END)} lines {END}, expected one of each. Put them where "
+            "the tables belong."
+        )
+    before, _, rest = whole.partition(START)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{START}\n{text}\n{END}{after}", "utf-8")
+
+
+def _section(
+    result: Result, page: pathlib.Path, picture: pathlib.Path, root: pathlib.Path
+) -> str:
+    def link(path: pathlib.Path) -> str:
+        return pathlib.Path(os.path.relpath(path, root)).as_posix()
+
+    return (
+        f"### {_title(result)}\n\n{_short(result)}\n\n"
+        f"![{_caption(result)}]({link(picture)})\n\n"
+        f"[Every case, with quartiles]({link(page)})"
+    )
+
+
+def _title(result: Result) -> str:
+    environment = result["environment"]
+    device = environment["device"]
+    if environment["platform"] == "cpu":
+        device = f"{environment['processor']}, {environment['threads']} threads"
+    growth = "Growth of cost: " if result["preset"] == "growth" else ""
+    only = f", only '{result['only']}'" if result["only"] else ""
+    return f"{growth}{device}, JAX {result['versions']['jax']}{only}"
+
+
+def _caption(result: Result) -> str:
+    if result["preset"] == "growth":
+        return "Time and temporary memory against classes and against rows"
+    return "Time of each peer, divided by ours, per shape"
+
+
+def _short(result: Result) -> str:
+    if result["preset"] == "growth":
+        return _growth_table(result)
+    return _comparison_table(result)
+
+
+# Entries of a result.
+
+
+def _index(result: Result) -> dict[Key, dict[str, Entry]]:
+    return {
+        (
+            case["model"],
+            case["batch"],
+            case["classes"],
+            case["dtype"],
+            case["inputs"],
+            case["what"],
+        ): case["entries"]
+        for case in result["cases"]
+    }
+
+
+def _peers(result: Result) -> list[str]:
+    """Who was measured beside ours, in the order in which they ran."""
+    names = [name for case in result["cases"] for name in case["entries"]]
+    return [name for name in dict.fromkeys(names) if name in _COLORS and name != OURS]
+
+
+def _median(entry: Entry | None, key: str) -> float | None:
+    return None if entry is None or key not in entry else entry[key][1]
+
+
+# Markdown.
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 10**digits:
+        return f"{value:#.{digits}g}".rstrip(".") if value else "0"
+    if abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.0f}"
+
+
+def _pair(values: Iterable[float | None], digits: int = 2) -> str:
+    return _join(_number(value, digits) for value in values)
+
+
+def _join(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    return "-" if set(texts) == {"-"} else " / ".join(texts)
+
+
+def _mib(size: int | None) -> str:
+    if size is not None and 0 < size < 0.01 * _MIB:
+        return "<0.01"
+    return _number(None if size is None else size / _MIB)
+
+
+def _name(contestant: str) -> str:
+    return _NAMES.get(contestant, contestant)
+
+
+def _comparison_table(result: Result) -> str:
+    """One row per shape and dtype; `a / b` is forward / value and gradient."""
+    index, peers = _index(result), _peers(result)
+    shapes = list(dict.fromkeys(key[:4] for key in index if key[5] not in _CEILINGS))
+    ceilings = _ceilings(result)
+
+    def entry(shape: Any, what: str, name: str, inputs: str = "random") -> Entry | None:
+        return index.get((*shape, inputs, what), {}).get(name)
+
+    def both(shape: Any, name: str, key: str) -> list[float | None]:
+        return [_median(entry(shape, what, name), key) for what in _LOSSES]
+
+    def columns(shape: Any) -> dict[str, list[float | None]]:
+        """What is averaged over the shapes of a dtype."""
+        found = {name: both(shape, name, "ratio_to_ours") for name in peers}
+        found["÷ floor"] = both(shape, OURS, "ratio_to_floor")
+        step = _median(entry(shape, STEP, "optax"), "ratio_to_ours")
+        return found | {"step, optax": [step]}
+
+    def rest(shape: Any) -> list[str]:
+        memory = [entry(shape, VALUE_AND_GRADIENT, name) for name in (OURS, "optax")]
+        errors = [entry(shape, FORWARD, n, "confident") for n in (OURS, "optax")]
+        cells = [
+            _join(_mib(None if m is None else m["temp_bytes"]) for m in memory),
+            _pair(None if e is None else e["worst_error"]["confident"] for e in errors),
+        ]
+        if "copy" in ceilings:
+            share = _shares(shape, both(shape, OURS, "ms"), ceilings["copy"])
+            cells.append(_pair(share))
+        return cells
+
+    averaged = ["÷ floor", *peers, "step, optax"]
+    head = ["logits", "ms", *map(_name, averaged)]
+    head += ["temporary MiB, ours / optax", "error if confident, ours / optax"]
+    head += ["share of copy bandwidth"] if "copy" in ceilings else []
+    rows = []
+    for dtype in dict.fromkeys(shape[3] for shape in shapes):
+        collected = []
+        for shape in [shape for shape in shapes if shape[3] == dtype]:
+            found = columns(shape)
+            collected.append(found)
+            model, batch, classes, _ = shape
+            row = [f"{model} {batch}×{classes} {dtype}"]
+            row.append(_pair(both(shape, OURS, "ms"), 3))
+            rows.append([*row, *(_pair(found[c]) for c in averaged), *rest(shape)])
+        means = [
+            _pair(map(_geometric_mean, zip(*(f[c] for f in collected), strict=True)))
+            for c in averaged
+        ]
+        blank = [""] * (len(head) - len(means) - 2)
+        rows.append([f"*geometric mean, {dtype}*", "", *means, *blank])
+    legend = (
+        "`a / b` is forward / value and gradient. ms: ours, median. Under a peer: its "
+        "time divided by ours, median of paired calls; above 1 ours is faster. "
+        "÷ floor: ours, divided by `max` over the classes / by `x + 1`. step: a "
+        "training step around the loss. error: worst relative error of the loss in "
+        "rows with a margin of 20 nats. Random logits otherwise."
+    )
+    parts = [legend, *_ceiling_lines(ceilings), _table(head, rows), *_remarks(result)]
+    return "\n\n".join(parts)
+
+
+def _geometric_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.geometric_mean(known) if known else None
+
+
+def _remarks(result: Result) -> list[str]:
+    remarks = [f"{_name(k)} took no part: {v}." for k, v in result["absent"].items()]
+    for case in result["cases"]:
+        for name, reason in case["failed"].items():
+            where = f"{case['model']} {case['batch']}×{case['classes']} {case['dtype']}"
+            remarks.append(f"{_name(name)} failed at {where} {case['what']}: {reason}.")
+    if result["not_run"]:
+        remarks.append(f"Not run: {'; '.join(result['not_run'])}.")
+    return remarks
+
+
+# Ceilings of the device.
+
+_CEILINGS = (COPY, MATMUL)
+
+
+def _ceilings(result: Result) -> dict[str, float]:
+    """Bytes per second of a copy, read and written, and FLOP/s of a matmul."""
+    found = {}
+    for case in result["cases"]:
+        if case["what"] in _CEILINGS and case["floor"] in case["entries"]:
+            seconds = case["entries"][case["floor"]]["ms"][1] / 1e3
+            entries = case["batch"] * case["classes"]
+            work = 2 * _itemsize(case["dtype"]) * entries
+            if case["what"] == MATMUL:
+                work = 2 * entries * case["classes"]
+            found[case["what"]] = work / seconds
+    return found
+
+
+def _ceiling_lines(ceilings: dict[str, float]) -> list[str]:
+    texts = []
+    if COPY in ceilings:
+        texts.append(f"copy {ceilings[COPY] / 1e12:.2f} TB/s, read and written")
+    if MATMUL in ceilings:
+        texts.append(f"bfloat16 matmul {ceilings[MATMUL] / 1e12:.0f} TFLOP/s")
+    return [f"Ceilings in this run: {'; '.join(texts)}."] if texts else []
+
+
+def _shares(
+    shape: tuple[str, int, int, str], ms: list[float | None], copy: float
+) -> list[float | None]:
+    """Forward counted as one read, value and gradient as two reads and one write."""
+    _, batch, classes, dtype = shape
+    size = batch * classes * _itemsize(dtype)
+    return [
+        None if time is None else passes * size / (time / 1e3) / copy
+        for passes, time in zip((1, 3), ms, strict=True)
+    ]
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+# Growth.
+
+
+def _growth_axes(result: Result) -> list[tuple[str, str, Callable[[Any], bool]]]:
+    """Axis label, field of a case, and which cases lie on it."""
+    return [
+        (f"classes, {GROWTH_BATCH} rows", "classes", lambda c: c["model"] == "V"),
+        (f"rows, {GROWTH_CLASSES} classes", "batch", lambda c: c["model"] == "B"),
+    ]
+
+
+def _growth_table(result: Result) -> str:
+    rows = []
+    for label, field, on_axis in _growth_axes(result):
+        along = sorted(filter(on_axis, result["cases"]), key=lambda c: c[field])
+        groups = dict.fromkeys((c["dtype"], c["what"]) for c in along)
+        for dtype, what in groups:
+            cases = [c for c in along if (c["dtype"], c["what"]) == (dtype, what)]
+            span = f"{cases[0][field]} to {cases[-1][field]}"
+            row = [f"{label}: {span}", dtype, what]
+            for name in (OURS, "optax"):
+                entries = [c["entries"].get(name) for c in cases]
+                each = [
+                    1e6 * e["ms"][1] / (c["batch"] * c["classes"])
+                    for c, e in zip(cases, entries, strict=True)
+                    if e is not None
+                ]
+                temp = [e["temp_bytes"] or 0 for e in entries if e is not None]
+                row.append(f"{_number(min(each))} to {_number(max(each))}")
+                row.append(f"{_mib(temp[0])} to {_mib(temp[-1])}")
+            rows.append(row)
+    head = ["along", "dtype", "what"]
+    for name in ("ours", "optax"):
+        head += [f"{name}, ns per logit", f"{name}, temporary MiB"]
+    return "\n\n".join([_table(head, rows), *_remarks(result)])
+
+
+# The page of a run.
+
+
+def _page(result: Result) -> str:
+    """Everything of a run but the single samples."""
+    rows = []
+    for case in result["cases"]:
+        where = f"{case['model']} {case['batch']}×{case['classes']} {case['dtype']}"
+        for name, entry in case["entries"].items():
+            error = entry.get("worst_error", {})
+            rows.append(
+                [
+                    f"{where} {case['inputs']} {case['what']}",
+                    f"{_name(name)} (floor)" if name == case["floor"] else _name(name),
+                    *(
+                        _quartiles(entry.get(key))
+                        for key in ("ms", "ratio_to_ours", "ratio_to_floor")
+                    ),
+                    _mib(entry["temp_bytes"]),
+                    _number(error.get("order 1")),
+                    _number(error.get("confident")),
+                    str(len(entry["samples_ms"])),
+                ]
+            )
+    head = ["case", "who", "ms", "÷ ours", "÷ floor", "temporary MiB"]
+    head += ["error, order 1", "error, confident", "samples"]
+    environment = "; ".join(f"{k}: {v}" for k, v in result["environment"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    inputs = "\n".join(f"- {name}: {text}" for name, text in result["inputs"].items())
+    parts = [
+        f"# {_title(result)}",
+        "Rendered by `python -m benchmarks report`. Median [lower quartile, upper "
+        "quartile]; ratios are of calls in the same round. Errors are relative to "
+        "float64 on the same rounded logits.",
+        f"{result['date']}. {environment}. {versions}.",
+        inputs,
+        _table(head, rows),
+        *_remarks(result),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quartiles(values: list[float] | None) -> str:
+    if values is None:
+        return "-"
+    low, middle, high = (_number(value, 3) for value in values)
+    return f"{middle} [{low}, {high}]"
+
+
+# Plots.
+
+
+def _plot(result: Result, path: pathlib.Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    settings: Any = {
+        "text.color": _TEXT,
+        "axes.labelcolor": _TEXT,
+        "axes.edgecolor": _TEXT,
+        "xtick.color": _TEXT,
+        "ytick.color": _TEXT,
+        "grid.color": _TEXT,
+        "grid.alpha": 0.3,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "savefig.transparent": True,
+        "svg.hashsalt": "benchmarks",  # the same picture from the same numbers
+    }
+    draw = _growth_figure if result["preset"] == "growth" else _comparison_figure
+    with mpl.rc_context(settings):
+        figure = draw(result)
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+
+
+def _comparison_figure(result: Result) -> Any:
+    """Ratios to ours: a row per quantity, a column per dtype."""
+    from matplotlib.figure import Figure
+
+    index = _index(result)
+    dtypes = list(dict.fromkeys(key[3] for key in index if key[5] not in _CEILINGS))
+    figure = Figure(figsize=(5 * max(1, len(dtypes)), 6), layout="constrained")
+    grid = figure.subplots(
+        2, max(1, len(dtypes)), squeeze=False, sharex="col", sharey="row"
+    )
+    for row, what in zip(grid, _LOSSES, strict=True):
+        for axes, dtype in zip(row, dtypes, strict=False):
+            keys = [key for key in index if key[3] == dtype and key[5] in _LOSSES]
+            shapes = list(dict.fromkeys(key[:3] for key in keys))
+            for name, inputs in itertools.product(
+                _peers(result), ("random", "confident")
+            ):
+                found = [
+                    (i, entry)
+                    for i, shape in enumerate(shapes)
+                    if (entry := index.get((*shape, dtype, inputs, what), {}).get(name))
+                ]
+                if not found:
+                    continue
+                at = [i + _offset(name, inputs, result) for i, _ in found]
+                low, middle, high = zip(
+                    *(entry["ratio_to_ours"] for _, entry in found), strict=True
+                )
+                axes.vlines(at, low, high, color=_COLORS[name], alpha=0.6)
+                face = _COLORS[name] if inputs == "random" else "none"
+                axes.plot(
+                    at,
+                    middle,
+                    "o",
+                    markersize=5,
+                    color=_COLORS[name],
+                    markerfacecolor=face,
+                    label=f"{_name(name)}, {inputs}",
+                )
+            axes.axhline(1, color=_COLORS[OURS], linewidth=1.2)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain)
+            axes.yaxis.set_minor_formatter(_plain_if_few)
+            axes.set_title(f"{what}, {dtype}", fontsize=10)
+            axes.grid(visible=False, axis="x")
+            for i in range(1, len(shapes)):
+                axes.axvline(i - 0.5, color=_TEXT, alpha=0.3, linewidth=0.6)
+            labels = [f"{model}\n{batch}×{classes}" for model, batch, classes in shapes]
+            axes.set_xticks(range(len(shapes)), labels, rotation=60, ha="right")
+        row[0].set_ylabel("time ÷ ours")
+    _legend(figure, grid.flat)
+    return figure
+
+
+def _plain(value: float, position: int | None = None) -> str:
+    return f"{value:g}"
+
+
+def _plain_if_few(value: float, position: int | None = None) -> str:
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
+def _offset(name: str, inputs: str, result: Result) -> float:
+    """Beside its neighbours at the same shape, from -0.3 to 0.3."""
+    peers = _peers(result)
+    place = 2 * peers.index(name) + (inputs == "confident")
+    return 0.6 * ((place + 0.5) / (2 * len(peers)) - 0.5)
+
+
+def _growth_figure(result: Result) -> Any:
+    """Time and memory, a row each, against classes and rows, per dtype."""
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(case["dtype"] for case in result["cases"]))
+    axes_of = list(itertools.product(dtypes, _growth_axes(result)))
+    figure = Figure(figsize=(3.2 * len(axes_of), 6), layout="constrained")
+    grid = figure.subplots(2, len(axes_of), squeeze=False, sharey="row")
+    quantities: list[tuple[str, Callable[[Entry], float]]] = [
+        ("ms", lambda entry: entry["ms"][1]),
+        ("temporary MiB", lambda entry: (entry["temp_bytes"] or 0) / _MIB),
+    ]
+    for row, (unit, value) in zip(grid, quantities, strict=True):
+        for axes, (dtype, (label, field, on_axis)) in zip(row, axes_of, strict=True):
+            along = [c for c in result["cases"] if on_axis(c) and c["dtype"] == dtype]
+            along.sort(key=lambda case: case[field])
+            for name, what in itertools.product((OURS, "optax"), _LOSSES):
+                points = [
+                    (case[field], value(case["entries"][name]))
+                    for case in along
+                    if case["what"] == what and name in case["entries"]
+                ]
+                if not points:
+                    continue
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o-" if what == FORWARD else "s--",
+                    markersize=3.5,
+                    color=_COLORS[name],
+                    label=f"{_name(name)}, {what}",
+                )
+            axes.set_xscale("log", base=2)
+            if unit == "ms":
+                axes.set_yscale("log")
+            else:
+                axes.set_yscale("symlog", linthresh=1 / 64)
+            axes.set_title(dtype, fontsize=10)
+            axes.set_xlabel(label)
+        row[0].set_ylabel(unit)
+    _legend(figure, grid.flat)
+    return figure
+
+
+def _legend(figure: Any, all_axes: Iterable[Any]) -> None:
+    handles: dict[str, Any] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+        )
