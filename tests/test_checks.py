@@ -1,0 +1,700 @@
+"""What every wrong argument is told: argument, what came, what was expected, the fix.
+
+One row per mistake. Each message is checked on a call with arrays, and once more
+with everything that is an array traced, which shows that it is raised before running.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlosses as jl
+
+B, V = 4, 6
+LOGITS = jnp.zeros((B, V))
+IDS = jnp.zeros(B, jnp.int32)
+DISTRIBUTIONS = jnp.full((B, V), 1 / V)
+NAN, INF = math.nan, math.inf
+
+integer = jl.softmax_cross_entropy_with_integer_labels
+dense = jl.softmax_cross_entropy
+DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
+    integer: {"logits": LOGITS, "labels": IDS},
+    dense: {"logits": LOGITS, "labels": DISTRIBUTIONS},
+    jl.softmax: {"logits": LOGITS},
+    jl.log_softmax: {"logits": LOGITS},
+}
+
+
+class Mistake(NamedTuple):
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    error: type[Exception]
+    message: str
+
+
+def zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+FLOATS = "one of float16, bfloat16, float32, float64"
+TO_FLOAT32 = "Convert them: logits.astype(jnp.float32)."
+LAST_AXIS = "Pass axis=-1 where the classes are the last axis."
+MASK_SHAPES = "(4, 6) or broadcastable to it with the same rank, or (4,)"
+SMOOTHING = "a number from 0 to 1, 1 excluded"
+ONE_NUMBER = "Pass one number for all examples."
+NO_CAP = "a finite number above 0, or None. Pass None for no cap."
+STATIC_CAP = (
+    "a Python number or None. The cap is part of the model and static; to vary the "
+    "logits at run time, use logit_scale."
+)
+ONE_EXAMPLE = "one per example. Give one weight per example"
+IGNORE = (
+    "an int or None. Pass the label itself, such as -100; mask several labels with "
+    "weights."
+)
+MESH_AXIS = (
+    "a mesh axis name, a tuple of them, or None. Name the axis that splits the "
+    'classes inside shard_map: axis_name="model".'
+)
+FLAG = "True or False. It is static: pass a Python bool."
+
+MISTAKES = {
+    # logits
+    "logits of integers": Mistake(
+        integer,
+        {"logits": zeros((B, V), jnp.int32)},
+        TypeError,
+        f"logits: got dtype int32, expected {FLOATS}. {TO_FLOAT32}",
+    ),
+    "logits of booleans": Mistake(
+        dense,
+        {"logits": zeros((B, V), jnp.bool_)},
+        TypeError,
+        f"logits: got dtype bool, expected {FLOATS}. {TO_FLOAT32}",
+    ),
+    "complex logits": Mistake(
+        integer,
+        {"logits": zeros((B, V), jnp.complex64)},
+        TypeError,
+        f"logits: got dtype complex64, expected {FLOATS}. {TO_FLOAT32}",
+    ),
+    "logits of float8": Mistake(
+        jl.softmax,
+        {"logits": zeros((B, V), jnp.float8_e4m3fn)},
+        TypeError,
+        f"logits: got dtype float8_e4m3fn, expected {FLOATS}. {TO_FLOAT32}",
+    ),
+    "scalar logits": Mistake(
+        integer,
+        {"logits": jnp.zeros(()), "labels": jnp.zeros((), jnp.int32)},
+        ValueError,
+        "logits: got a scalar, expected an array with a class axis. Logits have one "
+        "score per class: shape (batch, classes).",
+    ),
+    "scalar logits of softmax": Mistake(
+        jl.log_softmax,
+        {"logits": 1.0},
+        ValueError,
+        "logits: got a scalar, expected an array with a class axis. Logits have one "
+        "score per class: shape (batch, classes).",
+    ),
+    # labels, integer
+    "class ids as floats": Mistake(
+        integer,
+        {"labels": zeros((B,))},
+        TypeError,
+        "labels: got dtype float32, expected an integer dtype (class ids). For a "
+        "distribution over classes call softmax_cross_entropy; class ids held as "
+        "floats convert with labels.astype(jnp.int32).",
+    ),
+    "class ids with an axis of one": Mistake(
+        integer,
+        {"labels": IDS[:, None]},
+        ValueError,
+        "labels: got shape (4, 1), expected (4,) for logits of shape (4, 6). Drop the "
+        "last axis: labels[:, 0].",
+    ),
+    "class ids of a sequence with an axis of one": Mistake(
+        integer,
+        {"logits": zeros((2, 3, V)), "labels": zeros((2, 3, 1), jnp.int32)},
+        ValueError,
+        "labels: got shape (2, 3, 1), expected (2, 3) for logits of shape (2, 3, 6). "
+        "Drop the last axis: labels[:, :, 0].",
+    ),
+    "class id of one row with an axis of one": Mistake(
+        integer,
+        {"logits": zeros((V,)), "labels": IDS[:1]},
+        ValueError,
+        "labels: got shape (1,), expected () for logits of shape (6,). Drop the last "
+        "axis: labels[0].",
+    ),
+    "one-hot integers for class ids": Mistake(
+        integer,
+        {"labels": zeros((B, V), jnp.int32)},
+        ValueError,
+        "labels: got shape (4, 6), expected (4,) for logits of shape (4, 6). For "
+        "one-hot labels call softmax_cross_entropy.",
+    ),
+    "too few class ids": Mistake(
+        integer,
+        {"labels": IDS[:3]},
+        ValueError,
+        "labels: got shape (3,), expected (4,) for logits of shape (4, 6). Give one "
+        "class id per example.",
+    ),
+    "one class id for all": Mistake(
+        integer,
+        {"labels": 0},
+        ValueError,
+        "labels: got shape (), expected (4,) for logits of shape (4, 6). Give one "
+        "class id per example.",
+    ),
+    # labels, dense
+    "class ids for distributions": Mistake(
+        dense,
+        {"labels": IDS},
+        ValueError,
+        "labels: got shape (4,), expected (4, 6), or 1 on a batch axis, for logits of "
+        "shape (4, 6). For class ids call softmax_cross_entropy_with_integer_labels.",
+    ),
+    "one distribution without a batch axis": Mistake(
+        dense,
+        {"labels": DISTRIBUTIONS[0]},
+        ValueError,
+        "labels: got shape (6,), expected (4, 6), or 1 on a batch axis, for logits of "
+        "shape (4, 6). Add batch axes of size 1 to share one distribution: "
+        "labels[None, :].",
+    ),
+    "distributions over other classes": Mistake(
+        dense,
+        {"labels": DISTRIBUTIONS[:, :5]},
+        ValueError,
+        "labels: got shape (4, 5), expected (4, 6), or 1 on a batch axis, for logits "
+        "of shape (4, 6). Give one weight per class and example.",
+    ),
+    "distributions broadcast along classes": Mistake(
+        dense,
+        {"labels": DISTRIBUTIONS[:, :1]},
+        ValueError,
+        "labels: got shape (4, 1), expected (4, 6), or 1 on a batch axis, for logits "
+        "of shape (4, 6). Give one weight per class and example.",
+    ),
+    "too few distributions": Mistake(
+        dense,
+        {"labels": DISTRIBUTIONS[:3]},
+        ValueError,
+        "labels: got shape (3, 6), expected (4, 6), or 1 on a batch axis, for logits "
+        "of shape (4, 6). Give one weight per class and example.",
+    ),
+    "distributions of higher rank": Mistake(
+        dense,
+        {"labels": DISTRIBUTIONS[None]},
+        ValueError,
+        "labels: got shape (1, 4, 6), expected (4, 6), or 1 on a batch axis, for "
+        "logits of shape (4, 6). Give one weight per class and example.",
+    ),
+    "complex distributions": Mistake(
+        dense,
+        {"labels": zeros((B, V), jnp.complex64)},
+        TypeError,
+        "labels: got dtype complex64, expected a real dtype. Labels are a weight per "
+        "class: labels.astype(jnp.float32).",
+    ),
+    # axis
+    "axis above the rank": Mistake(
+        integer,
+        {"axis": 2},
+        ValueError,
+        "axis: got 2, expected values from -2 to 1 for logits of 2 axes. " + LAST_AXIS,
+    ),
+    "axis below the rank": Mistake(
+        dense,
+        {"axis": -3},
+        ValueError,
+        "axis: got -3, expected values from -2 to 1 for logits of 2 axes. " + LAST_AXIS,
+    ),
+    "axis of the tuple out of range": Mistake(
+        jl.softmax,
+        {"axis": (0, 2)},
+        ValueError,
+        "axis: got (0, 2), expected values from -2 to 1 for logits of 2 axes. "
+        + LAST_AXIS,
+    ),
+    "axis twice": Mistake(
+        dense,
+        {"axis": (1, -1)},
+        ValueError,
+        "axis: got (1, -1), expected each axis once. It names axes (1, 1) of the "
+        "logits. Name each class axis once.",
+    ),
+    "no axis": Mistake(
+        dense,
+        {"axis": ()},
+        ValueError,
+        "axis: got (), expected an int or a tuple of ints, or None. " + LAST_AXIS,
+    ),
+    "axis as a float": Mistake(
+        integer,
+        {"axis": 1.0},
+        TypeError,
+        "axis: got 1.0, expected an int or a tuple of ints. " + LAST_AXIS,
+    ),
+    "axis as a list": Mistake(
+        dense,
+        {"axis": [0, 1]},
+        TypeError,
+        "axis: got [0, 1], expected an int or a tuple of ints, or None. " + LAST_AXIS,
+    ),
+    "axis as a bool": Mistake(
+        jl.log_softmax,
+        {"axis": True},
+        TypeError,
+        "axis: got True, expected an int or a tuple of ints, or None. " + LAST_AXIS,
+    ),
+    "axis None for class ids": Mistake(
+        integer,
+        {"axis": None},
+        ValueError,
+        "axis: got None, expected an int or a tuple of ints. " + LAST_AXIS,
+    ),
+    # where
+    "where of floats": Mistake(
+        integer,
+        {"where": zeros((B, V))},
+        TypeError,
+        "where: got dtype float32, expected bool. Compare it: mask != 0.",
+    ),
+    "where of integers": Mistake(
+        jl.softmax,
+        {"where": zeros((B, V), jnp.int32)},
+        TypeError,
+        "where: got dtype int32, expected bool. Compare it: mask != 0.",
+    ),
+    "where of classes without a batch axis": Mistake(
+        integer,
+        {"where": zeros((V,), jnp.bool_)},
+        ValueError,
+        f"where: got shape (6,), expected {MASK_SHAPES}. Index a class mask up to the "
+        "logits' rank: mask[None, :].",
+    ),
+    # ignore_index
+    "ignore_index as a float": Mistake(
+        integer,
+        {"ignore_index": -100.0},
+        TypeError,
+        f"ignore_index: got -100.0, expected {IGNORE}",
+    ),
+    "ignore_index as a bool": Mistake(
+        integer,
+        {"ignore_index": True},
+        TypeError,
+        f"ignore_index: got True, expected {IGNORE}",
+    ),
+    "several labels to ignore": Mistake(
+        integer,
+        {"ignore_index": (0, -100)},
+        TypeError,
+        f"ignore_index: got (0, -100), expected {IGNORE}",
+    ),
+    # class_weights
+    "too few class_weights": Mistake(
+        integer,
+        {"class_weights": zeros((5,))},
+        ValueError,
+        "class_weights: got shape (5,), expected (6,), one per class. Give one weight "
+        "per class, in the order of the class ids.",
+    ),
+    "class_weights with a batch axis": Mistake(
+        dense,
+        {"class_weights": zeros((1, V))},
+        ValueError,
+        "class_weights: got shape (1, 6), expected (6,), one per class. Give one "
+        "weight per class, in the order of the class ids.",
+    ),
+    "class_weights over two class axes": Mistake(
+        dense,
+        {"axis": (0, 1), "class_weights": zeros((B, V))},
+        ValueError,
+        "class_weights: got shape (4, 6), expected (24,), one per class. Give one "
+        "weight per class, in the order of the class ids.",
+    ),
+    "class_weights of integers": Mistake(
+        integer,
+        {"class_weights": zeros((V,), jnp.int32)},
+        TypeError,
+        "class_weights: got dtype int32, expected a floating dtype. Convert it: "
+        "class_weights.astype(jnp.float32).",
+    ),
+    # label_smoothing
+    "label_smoothing of one": Mistake(
+        integer,
+        {"label_smoothing": 1.0},
+        ValueError,
+        f"label_smoothing: got 1.0, expected {SMOOTHING}. 0 switches it off.",
+    ),
+    "label_smoothing of the integer one": Mistake(
+        dense,
+        {"label_smoothing": 1},
+        ValueError,
+        f"label_smoothing: got 1, expected {SMOOTHING}. 0 switches it off.",
+    ),
+    "negative label_smoothing": Mistake(
+        dense,
+        {"label_smoothing": -0.1},
+        ValueError,
+        f"label_smoothing: got -0.1, expected {SMOOTHING}. 0 switches it off.",
+    ),
+    "label_smoothing of NaN": Mistake(
+        integer,
+        {"label_smoothing": NAN},
+        ValueError,
+        f"label_smoothing: got nan, expected {SMOOTHING}. 0 switches it off.",
+    ),
+    "label_smoothing per example": Mistake(
+        integer,
+        {"label_smoothing": zeros((B,))},
+        TypeError,
+        "label_smoothing: got an array of shape (4,) and dtype float32, expected "
+        f"{SMOOTHING}, or a traced scalar. {ONE_NUMBER}",
+    ),
+    "complex label_smoothing": Mistake(
+        integer,
+        {"label_smoothing": zeros((), jnp.complex64)},
+        TypeError,
+        "label_smoothing: got an array of shape () and dtype complex64, expected "
+        f"{SMOOTHING}, or a traced scalar. {ONE_NUMBER}",
+    ),
+    "label_smoothing as a string": Mistake(
+        dense,
+        {"label_smoothing": "0.1"},
+        TypeError,
+        f"label_smoothing: got '0.1' of type str, expected {SMOOTHING}, or a traced "
+        f"scalar. {ONE_NUMBER}",
+    ),
+    "label_smoothing None": Mistake(
+        dense,
+        {"label_smoothing": None},
+        TypeError,
+        f"label_smoothing: got None of type NoneType, expected {SMOOTHING}, or a "
+        f"traced scalar. {ONE_NUMBER}",
+    ),
+    # z_loss
+    "negative z_loss": Mistake(
+        integer,
+        {"z_loss": -1e-4},
+        ValueError,
+        "z_loss: got -0.0001, expected a finite number of 0 or more. 0 switches it "
+        "off.",
+    ),
+    "z_loss of NaN": Mistake(
+        dense,
+        {"z_loss": NAN},
+        ValueError,
+        "z_loss: got nan, expected a finite number of 0 or more. 0 switches it off.",
+    ),
+    "z_loss per example": Mistake(
+        integer,
+        {"z_loss": zeros((B,))},
+        TypeError,
+        "z_loss: got an array of shape (4,) and dtype float32, expected a finite "
+        f"number of 0 or more, or a traced scalar. {ONE_NUMBER}",
+    ),
+    # logit_softcap
+    "logit_softcap of zero": Mistake(
+        integer,
+        {"logit_softcap": 0},
+        ValueError,
+        f"logit_softcap: got 0, expected {NO_CAP}",
+    ),
+    "negative logit_softcap": Mistake(
+        dense,
+        {"logit_softcap": -30.0},
+        ValueError,
+        f"logit_softcap: got -30.0, expected {NO_CAP}",
+    ),
+    "infinite logit_softcap": Mistake(
+        integer,
+        {"logit_softcap": INF},
+        ValueError,
+        f"logit_softcap: got inf, expected {NO_CAP}",
+    ),
+    "logit_softcap of NaN": Mistake(
+        integer,
+        {"logit_softcap": NAN},
+        ValueError,
+        f"logit_softcap: got nan, expected {NO_CAP}",
+    ),
+    "traced logit_softcap": Mistake(
+        dense,
+        {"logit_softcap": jnp.full((), 30.0)},
+        TypeError,
+        "logit_softcap: got an array of shape () and dtype float32, expected "
+        + STATIC_CAP,
+    ),
+    "logit_softcap as a bool": Mistake(
+        dense,
+        {"logit_softcap": True},
+        TypeError,
+        f"logit_softcap: got True of type bool, expected {STATIC_CAP}",
+    ),
+    # logit_scale
+    "logit_scale of NaN": Mistake(
+        integer,
+        {"logit_scale": NAN},
+        ValueError,
+        "logit_scale: got nan, expected a finite number. 1 switches it off.",
+    ),
+    "infinite logit_scale": Mistake(
+        dense,
+        {"logit_scale": -INF},
+        ValueError,
+        "logit_scale: got -inf, expected a finite number. 1 switches it off.",
+    ),
+    "logit_scale per example": Mistake(
+        integer,
+        {"logit_scale": zeros((B,))},
+        TypeError,
+        "logit_scale: got an array of shape (4,) and dtype float32, expected a finite "
+        f"number, or a traced scalar. {ONE_NUMBER}",
+    ),
+    # weights
+    "too few weights": Mistake(
+        integer,
+        {"weights": zeros((3,))},
+        ValueError,
+        f"weights: got shape (3,), expected (4,), {ONE_EXAMPLE}, or a constant "
+        "through jnp.full.",
+    ),
+    "one weight for all": Mistake(
+        dense,
+        {"weights": 0.5},
+        ValueError,
+        f"weights: got shape (), expected (4,), {ONE_EXAMPLE}, or a constant through "
+        "jnp.full.",
+    ),
+    "weights with an axis of one": Mistake(
+        integer,
+        {"weights": zeros((B, 1))},
+        ValueError,
+        "weights: got shape (4, 1), expected (4,), one per example. Drop the last "
+        "axis: weights[:, 0].",
+    ),
+    "weights of integers": Mistake(
+        dense,
+        {"weights": zeros((B,), jnp.int32)},
+        TypeError,
+        "weights: got dtype int32, expected a floating dtype. Convert it: "
+        "weights.astype(jnp.float32).",
+    ),
+    "weights of booleans": Mistake(
+        integer,
+        {"weights": zeros((B,), jnp.bool_)},
+        TypeError,
+        "weights: got dtype bool, expected a floating dtype. Convert it: "
+        "weights.astype(jnp.float32).",
+    ),
+    # the rest
+    "axis_name as a number": Mistake(
+        integer, {"axis_name": 3}, TypeError, f"axis_name: got 3, expected {MESH_AXIS}"
+    ),
+    "axis_name as a list": Mistake(
+        dense,
+        {"axis_name": ["model"]},
+        TypeError,
+        f"axis_name: got ['model'], expected {MESH_AXIS}",
+    ),
+    "axis_name with a number": Mistake(
+        dense,
+        {"axis_name": ("model", 1)},
+        TypeError,
+        f"axis_name: got ('model', 1), expected {MESH_AXIS}",
+    ),
+    "forward_mode as an integer": Mistake(
+        integer,
+        {"forward_mode": 1},
+        TypeError,
+        f"forward_mode: got 1 of type int, expected {FLAG}",
+    ),
+    "traced forward_mode": Mistake(
+        dense,
+        {"forward_mode": jnp.full((), True)},
+        TypeError,
+        "forward_mode: got an array of shape () and dtype bool, expected " + FLAG,
+    ),
+    "return_stats None": Mistake(
+        integer,
+        {"return_stats": None},
+        TypeError,
+        f"return_stats: got None of type NoneType, expected {FLAG}",
+    ),
+    "return_stats as a string": Mistake(
+        dense,
+        {"return_stats": "yes"},
+        TypeError,
+        f"return_stats: got 'yes' of type str, expected {FLAG}",
+    ),
+}
+
+
+def message_of(
+    function: Callable[..., Any], error: type[Exception], **arguments: Any
+) -> str:
+    """What the call raises, which must be the same with traced arrays."""
+    given = DEFAULTS[function] | arguments
+    arrays = {k: v for k, v in given.items() if isinstance(v, jax.Array)}
+    static = {k: v for k, v in given.items() if k not in arrays}
+    with pytest.raises(error) as called:
+        function(**given)
+    # Nothing runs in eval_shape.
+    with pytest.raises(error) as traced:
+        jax.eval_shape(lambda arrays: function(**static, **arrays), arrays)
+    assert type(called.value) is type(traced.value) is error
+    assert str(called.value) == str(traced.value)
+    return str(called.value)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_message_says_what_came_what_was_expected_and_the_fix(name: str) -> None:
+    mistake = MISTAKES[name]
+    message = message_of(mistake.function, mistake.error, **mistake.arguments)
+    assert message == mistake.message
+
+
+def test_every_argument_has_a_message() -> None:
+    tested = {argument for m in MISTAKES.values() for argument in m.arguments}
+    tested |= {"reduction"}  # below
+    for function in (integer, dense):
+        assert set(inspect.signature(function).parameters) - tested == set()
+
+
+@pytest.mark.parametrize("value", ["avg", "Mean", None, 1])
+@pytest.mark.parametrize("function", [integer, dense])
+def test_unknown_reduction_lists_the_three(
+    function: Callable[..., Any], value: Any
+) -> None:
+    message = message_of(function, ValueError, reduction=value)
+    expected = f'reduction: got {value!r}, expected one of "none", "sum", "mean". '
+    assert message.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (integer, "logits"),
+        (integer, "labels"),
+        (integer, "class_weights"),
+        (dense, "labels"),
+        (dense, "weights"),
+        (dense, "where"),
+        (jl.softmax, "logits"),
+        (jl.log_softmax, "where"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "description"),
+    [
+        ("0.1", "'0.1' of type str"),
+        ([[1.0, 2.0], [3.0]], "a list"),
+        (np.array(["a"]), "an array of shape (1,) and dtype <U1"),
+        (np.array([None]), "an array of shape (1,) and dtype object"),
+    ],
+    ids=["string", "ragged", "strings", "objects"],
+)
+def test_what_is_no_array_is_a_type_error_that_names_the_argument(
+    function: Callable[..., Any], argument: str, value: Any, description: str
+) -> None:
+    message = message_of(function, TypeError, **{argument: value})
+    expected = f"{argument}: got {description}, expected an array"
+    assert message.startswith(expected)
+
+
+@pytest.mark.parametrize("argument", ["logits", "labels"])
+@pytest.mark.parametrize("function", [integer, dense])
+def test_none_for_a_required_array_names_the_argument(
+    function: Callable[..., Any], argument: str
+) -> None:
+    message = message_of(function, TypeError, **{argument: None})
+    assert message.startswith(f"{argument}: got None of type NoneType, expected ")
+
+
+def test_message_does_not_print_a_whole_array() -> None:
+    message = message_of(integer, TypeError, logits={"logits": np.zeros((100, 100))})
+    assert message.startswith("logits: got ")
+    assert len(message) < 300
+
+
+def test_traced_ignore_index_is_told_that_it_is_static() -> None:
+    with pytest.raises(TypeError, match=r"ignore_index: got .*, expected an int or"):
+        jax.jit(lambda i: integer(LOGITS, IDS, ignore_index=i))(3)
+
+
+# A fix that does not fit is worse than none.
+
+
+def test_boolean_class_ids_are_not_taken_for_floats() -> None:
+    message = message_of(integer, TypeError, labels=IDS == 0)
+    assert message.startswith("labels: got dtype bool, expected an integer dtype")
+    assert "floats" not in message
+
+
+def test_labels_of_a_wrong_size_are_not_told_to_add_an_axis() -> None:
+    # (1, 4) would be wrong as well: only the classes' shape can be shared.
+    message = message_of(dense, ValueError, labels=zeros((B,)))
+    assert message.startswith("labels: got shape (4,), expected (4, 6)")
+    assert "labels[None, :]" not in message
+
+
+@pytest.mark.parametrize("shape", [(B, 5), (5,), (), (1, 1, B, V)])
+def test_mask_of_a_wrong_size_is_not_told_to_add_an_axis(
+    shape: tuple[int, ...],
+) -> None:
+    message = message_of(integer, ValueError, where=zeros(shape, jnp.bool_))
+    assert message.startswith(f"where: got shape {shape}, expected {MASK_SHAPES}")
+    assert "mask[None, :]" not in message
+
+
+def test_infinite_z_loss_is_told_that_it_must_be_finite() -> None:
+    message = message_of(integer, ValueError, z_loss=INF)
+    assert message.startswith("z_loss: got inf, expected ")
+    assert "finite" in message
+
+
+def test_axis_name_outside_of_its_mesh_is_named() -> None:
+    with pytest.raises(Exception, match=r"axis.* model\b|'model'") as raised:
+        integer(LOGITS, IDS, axis_name="model")
+    assert isinstance(raised.value, NameError | ValueError)
+
+
+# What must not be refused
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "logit_scale"])
+@pytest.mark.parametrize(
+    "value", [0, 0.25, np.float32(0.25), np.float64(0.25), np.array(0.25, np.float32)]
+)
+def test_scalars_of_every_kind_are_taken(name: str, value: Any) -> None:
+    from_float = integer(LOGITS + 1, IDS, **{name: float(value)})
+    np.testing.assert_array_equal(integer(LOGITS + 1, IDS, **{name: value}), from_float)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
+def test_class_ids_of_every_integer_dtype_are_taken(dtype: str) -> None:
+    logits = jnp.arange(B * V, dtype=jnp.float32).reshape(B, V)
+    ids = jnp.arange(B)
+    expected = integer(logits, ids)
+    np.testing.assert_array_equal(integer(logits, ids.astype(dtype)), expected)
+
+
+def test_lists_and_numpy_arrays_are_converted() -> None:
+    rows = [[0.0, 1.0], [2.0, 3.0]]
+    expected = integer(jnp.asarray(rows), jnp.asarray([0, 1]))
+    np.testing.assert_array_equal(integer(rows, [0, 1]), expected)
+    given = np.asarray(rows, np.float32), np.array([0, 1], np.int32)
+    np.testing.assert_array_equal(integer(*given), expected)

@@ -1,0 +1,177 @@
+"""What is written about the code is true: README, docstrings, signatures."""
+
+import ast
+import inspect
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+import jaxlosses as jl
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+SECTIONS = ["Args", "Returns", "Raises", "Differentiation", "Example", "Source"]
+# What style.md asks of a function; one that returns nothing has no Returns.
+HEADING = re.compile(rf"^({'|'.join([*SECTIONS, 'Attributes'])}):$", re.MULTILINE)
+
+
+def public(module: Any) -> dict[str, Any]:
+    return {
+        f"{module.__name__}.{name}": value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        # What a module defines itself, or re-exports from this package.
+        and str(getattr(value, "__module__", "")).startswith("jaxlosses")
+    }
+
+
+NAMES = public(jl) | (public(jl.testing) if hasattr(jl, "testing") else {})
+FUNCTIONS = {n: f for n, f in NAMES.items() if inspect.isfunction(f)}
+CLASSES = {n: c for n, c in NAMES.items() if inspect.isclass(c)}
+
+
+def sections(text: str) -> dict[str, str]:
+    """The text of each section; "" is what comes before the first."""
+    parts = HEADING.split(text)
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def documented(section: str) -> list[str]:
+    """The arguments that an Args section names, in order."""
+    names = re.findall(r"^    \*{0,2}(\w+(?:, \w+)*):", section, re.MULTILINE)
+    return [name for group in names for name in group.split(", ")]
+
+
+def test_python_of_the_readme_runs_in_order() -> None:
+    blocks = list(BLOCK.finditer(README))
+    assert len(blocks) >= 5
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        line = README[: block.start()].count("\n") + 1
+        # Padded, so that a traceback shows the line of the README.
+        code = "\n" * line + block.group(1)
+        # With the promotion rules that a reader's JAX has.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            exec(compile(code, str(ROOT / "README.md"), "exec"), namespace)
+
+
+def test_every_python_block_of_the_readme_is_found() -> None:
+    assert README.count("```python") == len(BLOCK.findall(README))
+
+
+def test_readme_names_every_public_function_and_option() -> None:
+    options = inspect.signature(jl.softmax_cross_entropy_with_integer_labels)
+    wanted = {name.rpartition(".")[2] for name in FUNCTIONS} | set(options.parameters)
+    missing = {name for name in wanted if not re.search(rf"\b{name}\b", README)}
+    assert missing == set()
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [t for t in targets if not t.startswith("https://")]
+    assert local
+    # The notebook is generated from its source, `make notebooks`.
+    sources = [re.sub(r"\.ipynb$", ".py", target) for target in local]
+    assert [s for s in sources if not (ROOT / s).exists()] == []
+
+
+def test_there_are_public_functions() -> None:
+    assert {
+        "jaxlosses.softmax",
+        "jaxlosses.log_softmax",
+        "jaxlosses.softmax_cross_entropy",
+        "jaxlosses.softmax_cross_entropy_with_integer_labels",
+    } <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_has_the_sections_in_order(name: str) -> None:
+    function = FUNCTIONS[name]
+    found = list(sections(inspect.getdoc(function) or ""))[1:]
+    returns_nothing = inspect.signature(function).return_annotation is None
+    assert found == [s for s in SECTIONS if s != "Returns" or not returns_nothing]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_starts_with_one_sentence(name: str) -> None:
+    summary, blank, *rest = (inspect.getdoc(FUNCTIONS[name]) or "").split("\n")
+    assert summary.endswith(".")
+    assert ". " not in summary
+    assert blank == ""
+    assert rest
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if ".testing." not in n])
+def test_docstring_shows_the_formula_before_the_arguments(name: str) -> None:
+    before = sections(inspect.getdoc(FUNCTIONS[name]) or "")[""]
+    formula = re.search(r"^    .*=.*$", before, re.MULTILINE)
+    assert formula, "an indented line with an equation"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_are_documented_in_the_order_of_the_signature(name: str) -> None:
+    function = FUNCTIONS[name]
+    text = sections(inspect.getdoc(function) or "")["Args"]
+    assert documented(text) == list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_example_is_a_doctest(name: str) -> None:
+    text = sections(inspect.getdoc(FUNCTIONS[name]) or "")["Example"]
+    assert re.search(r"^    >>> ", text, re.MULTILINE)
+    assert "+SKIP" not in text
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_errors_that_are_raised_are_documented(name: str) -> None:
+    text = sections(inspect.getdoc(FUNCTIONS[name]) or "")["Raises"]
+    # JAX's own errors have dots in their names.
+    assert re.findall(r"^    ([\w.]+Error): \S", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_fields_of_a_class_are_documented_in_order(name: str) -> None:
+    cls = CLASSES[name]
+    text = inspect.getdoc(cls) or ""
+    assert text.split("\n")[0].endswith(".")
+    if hasattr(cls, "_fields"):
+        assert documented(sections(text)["Attributes"]) == list(cls._fields)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jaxlosses").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_every_module_says_what_it_is(path: pathlib.Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert text
+    assert text.split("\n")[0].endswith(".")
+
+
+def test_doctests_are_collected() -> None:
+    settings = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert '"--doctest-modules"' in settings
+    assert re.search(r'^testpaths = \[.*"jaxlosses".*\]$', settings, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [jl.softmax_cross_entropy, jl.softmax_cross_entropy_with_integer_labels],
+)
+def test_options_are_keywords_and_the_rest_is_that_of_optax(
+    function: Callable[..., Any],
+) -> None:
+    import optax
+
+    theirs = list(inspect.signature(getattr(optax, function.__name__)).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == theirs
+    assert set(keywords) >= {"label_smoothing", "weights", "reduction", "forward_mode"}

@@ -1,0 +1,623 @@
+"""The losses under jit, vmap, scan, checkpoint and every kind of differentiation."""
+
+import ast
+import contextlib
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+
+import jaxlosses as jl
+
+B, V = 4, 6
+IDS = np.array([0, 5, 2, 1], np.int32)
+EXISTS = np.array([[True, True, True, False, True, True]])
+
+# The same sums in another order, by another fusion: a few units in the last place.
+REORDERED = {"rtol": 2e-6, "atol": 1e-7}
+# Central differences in float64 with JAX's steps: truncation is about 1e-8.
+DIFFERENCES = {"rtol": 1e-6, "atol": 1e-6}
+
+KINDS = ["integer", "dense"]
+REGISTRATIONS = pytest.mark.parametrize(
+    "forward_mode", [False, True], ids=["vjp", "jvp"]
+)
+
+# Arrays are differentiated, the rest is fixed.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "where": {"where": EXISTS},
+    "ignore_index": {"ignore_index": 5},
+    "class_weights": {"class_weights": np.array([0.5, 2.0, 1.0, 1.5, 0.25, 3.0])},
+    "label_smoothing": {"label_smoothing": np.array(0.1)},
+    "z_loss": {"z_loss": np.array(0.01)},
+    "logit_softcap": {"logit_softcap": 3.0},
+    "logit_scale": {"logit_scale": np.array(-0.8)},
+    "weights": {"weights": np.array([0.5, 2.0, 0.0, 1.0])},
+}
+OPTIONS["all"] = {k: v for option in OPTIONS.values() for k, v in option.items()}
+OPTIONS["all, mean"] = OPTIONS["all"] | {"reduction": "mean"}
+OPTIONS["smoothed class_weights"] = (
+    OPTIONS["class_weights"] | OPTIONS["label_smoothing"]
+)
+CASES = [
+    (kind, option)
+    for kind in KINDS
+    for option in OPTIONS
+    if (kind, option) != ("dense", "ignore_index")
+]
+by_case = pytest.mark.parametrize(("kind", "option"), CASES)
+
+
+class Problem(NamedTuple):
+    """A loss of one pytree, and the pytree to differentiate it at."""
+
+    loss: Callable[[dict[str, jax.Array]], jax.Array]
+    arguments: dict[str, jax.Array]
+
+
+def problem(
+    kind: str,
+    option: str = "none",
+    *,
+    dtype: Any = np.float32,
+    batch: int = B,
+    **static: Any,
+) -> Problem:
+    rng = np.random.default_rng(0)
+    arguments = {"logits": rng.standard_normal((batch, V))}
+    fixed = dict(static)
+    ids = np.resize(IDS, batch)
+    if kind == "dense":
+        # Does not sum to one, and has a zero.
+        labels = rng.uniform(0, 1, (batch, V))
+        labels[0, 2] = 0
+        arguments["labels"] = labels
+        function = jl.softmax_cross_entropy
+    else:
+        fixed["labels"] = jnp.asarray(ids)
+        function = jl.softmax_cross_entropy_with_integer_labels
+    for name, value in OPTIONS[option].items():
+        if name == "ignore_index" and kind == "dense":
+            continue
+        if name == "weights":
+            value = np.resize(value, batch)
+        if isinstance(value, np.ndarray) and value.dtype == np.float64:
+            arguments[name] = value
+        else:
+            fixed[name] = value
+    arrays = {name: jnp.asarray(a, dtype) for name, a in arguments.items()}
+    return Problem(lambda tree: function(**tree, **fixed), arrays)
+
+
+def float64() -> contextlib.AbstractContextManager[Any]:
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # JAX before 0.8
+
+    return enable_x64()
+
+
+def summed(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The loss contracted with a cotangent that is not constant."""
+
+    def scalar(*args: Any) -> jax.Array:
+        out = loss(*args)
+        factors = jnp.arange(1, out.size + 1, dtype=out.dtype).reshape(out.shape)
+        return jnp.sum(out * factors)
+
+    return scalar
+
+
+def value_and_gradients(loss: Callable[[Any], jax.Array]) -> Callable[[Any], Any]:
+    """The loss, and the gradient of its contraction, as one compiled function."""
+    return jax.jit(lambda *args: (loss(*args), jax.grad(summed(loss))(*args)))
+
+
+def assert_trees_close(actual: Any, expected: Any, **tolerance: float) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.shape(a) == np.shape(e)
+        np.testing.assert_allclose(a, e, **tolerance)
+
+
+# Differentiation
+
+
+@by_case
+def test_gradients_match_differences_to_second_order(kind: str, option: str) -> None:
+    with float64():
+        loss, arguments = problem(kind, option, dtype=np.float64)
+        loss = jax.jit(loss)
+        check_grads(loss, (arguments,), order=2, modes=("rev",), **DIFFERENCES)
+
+
+# Option by option, forward mode is compared with reverse mode below.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", ["none", "all"])
+def test_every_mix_of_modes_matches_differences_to_second_order(
+    kind: str, option: str
+) -> None:
+    with float64():
+        loss, arguments = problem(kind, option, dtype=np.float64, forward_mode=True)
+        loss = jax.jit(loss)
+        check_grads(loss, (arguments,), order=2, modes=("fwd", "rev"), **DIFFERENCES)
+
+
+@by_case
+def test_both_registrations_agree_to_two_units_in_the_last_place(
+    kind: str, option: str
+) -> None:
+    results = []
+    for forward_mode in (False, True):
+        loss, arguments = problem(kind, option, batch=32, forward_mode=forward_mode)
+        value, gradients = value_and_gradients(loss)(arguments)
+        results.append({"loss": value, **gradients})
+    options = {k: v for k, v in OPTIONS[option].items() if k not in arguments}
+    given = {"labels": np.resize(IDS, 32)} | options | arguments
+    if kind == "dense":
+        given.pop("ignore_index", None)
+    cotangent = None if "reduction" in options else np.arange(1, 33)
+    # Where smoothing or z-loss cancel, the last place is that of the terms.
+    terms = oracle.gradients(**given, cotangent=cotangent)["logits_terms"]
+    for name, reverse in results[0].items():
+        reverse, forward = np.asarray(reverse), np.asarray(results[1][name])
+        if name == "logits":
+            unit = np.spacing(terms.astype(np.float32))
+            assert np.max(np.abs(reverse - forward) / unit) <= 2
+        elif name in ("loss", "labels"):
+            np.testing.assert_array_max_ulp(reverse, forward, maxulp=2)
+        else:  # a sum over all entries, taken in another order
+            np.testing.assert_allclose(reverse, forward, **REORDERED)
+
+
+@REGISTRATIONS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["hessian", "reverse_over_reverse", "product"])
+def test_hessian_is_the_covariance_of_the_softmax(
+    way: str, kind: str, forward_mode: bool
+) -> None:
+    arguments = problem(kind).arguments
+    logits, mass = arguments["logits"][0], 1.0
+    function, labels = jl.softmax_cross_entropy_with_integer_labels, IDS[0]
+    if kind == "dense":
+        function, labels = jl.softmax_cross_entropy, arguments["labels"][0]
+        mass = np.asarray(labels, np.float64).sum()
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return function(logits, labels, forward_mode=forward_mode)
+
+    def product(vector: jax.Array) -> jax.Array:
+        return jax.jvp(jax.grad(loss), (logits,), (vector,))[1]
+
+    if way == "hessian":
+        hessian = jax.hessian(loss)(logits)
+    elif way == "reverse_over_reverse":
+        hessian = jax.jacrev(jax.grad(loss))(logits)
+    else:
+        hessian = jax.vmap(product)(jnp.eye(V))
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum()
+    expected = mass * (np.diag(p) - np.outer(p, p))
+    np.testing.assert_allclose(hessian, expected, rtol=2e-6, atol=2e-7)
+
+
+def test_hessian_keeps_the_digits_of_a_confident_row() -> None:
+    logits = jnp.array([20.0, 0.0, 1.0, -1.0, 0.5, 0.0])
+    hessian = jax.hessian(jl.softmax_cross_entropy_with_integer_labels)(logits, 0)
+    e = np.exp(np.asarray(logits, np.float64) - 20)
+    p, others = e / e.sum(), e[1:].sum() / e.sum()
+    expected = np.diag(p) - np.outer(p, p)
+    expected[0, 0] = p[0] * others
+    np.testing.assert_allclose(hessian, expected, rtol=1e-5)
+
+
+@REGISTRATIONS
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_by_a_weight_of_zero_is_the_gradient_of_its_row(
+    kind: str, forward_mode: bool
+) -> None:
+    # Learning to reweight examples (Ren et al. 2018) starts at weights of zero.
+    loss, arguments = problem(kind, forward_mode=forward_mode)
+
+    def row_gradients(weights: jax.Array) -> jax.Array:
+        def total(logits: jax.Array) -> jax.Array:
+            return jnp.sum(weights * loss(arguments | {"logits": logits}))
+
+        return jax.grad(total)(arguments["logits"])
+
+    def weighted_gradients(weights: jax.Array) -> jax.Array:
+        def total(logits: jax.Array) -> jax.Array:
+            given = arguments | {"logits": logits, "weights": weights}
+            return jnp.sum(loss(given))
+
+        return jax.grad(total)(arguments["logits"])
+
+    mixed = jax.jit(jax.jacrev(weighted_gradients))(jnp.zeros(B))
+    rows = jax.jit(row_gradients)(jnp.ones(B))
+    for i in range(B):
+        np.testing.assert_allclose(mixed[i, :, i], rows[i], **REORDERED)
+        assert not np.any(np.delete(mixed[i], i, axis=1))
+
+
+def test_reweighting_raises_the_examples_that_help_the_validation_loss() -> None:
+    rng = np.random.default_rng(1)
+    features = jnp.asarray(rng.standard_normal((B, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, V)), jnp.float32)
+    clean = jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)
+    cross_entropy = jl.softmax_cross_entropy_with_integer_labels
+
+    def validation_loss(weights: jax.Array, rate: float = 0.1) -> jax.Array:
+        def training_loss(kernel: jax.Array) -> jax.Array:
+            logits = features @ kernel
+            return cross_entropy(logits, IDS, weights=weights, reduction="sum")
+
+        updated = kernel - rate * jax.grad(training_loss)(kernel)
+        return cross_entropy(clean @ updated, IDS[:2], reduction="sum")
+
+    def kernel_gradient(x: jax.Array, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(x).T @ oracle.gradients(x @ kernel, ids)["logits"]
+
+    step = np.asarray(jax.grad(validation_loss)(jnp.zeros(B)))
+    target = kernel_gradient(clean, IDS[:2])
+    expected = [
+        -0.1 * np.sum(target * kernel_gradient(features[i : i + 1], IDS[i : i + 1]))
+        for i in range(B)
+    ]
+    np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-6)
+
+
+@by_case
+def test_forward_mode_serves_jvp_jacfwd_and_linearize(kind: str, option: str) -> None:
+    loss, arguments = problem(kind, option, forward_mode=True)
+    reverse, _ = problem(kind, option)
+    rng = np.random.default_rng(2)
+    tangents = {
+        name: jnp.asarray(rng.standard_normal(a.shape), a.dtype)
+        for name, a in arguments.items()
+    }
+    jacobian = jax.jit(jax.jacrev(reverse))(arguments)
+    rows = jax.tree.map(lambda j, t: jnp.tensordot(j, t, t.ndim), jacobian, tangents)
+    expected = jnp.sum(jnp.stack(jax.tree.leaves(rows)), 0)
+    value, tangent = jax.jit(functools.partial(jax.jvp, loss))(
+        (arguments,), (tangents,)
+    )
+    np.testing.assert_allclose(value, loss(arguments), **REORDERED)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-5, atol=1e-5)
+    if option in ("none", "all"):
+        value, push = jax.linearize(loss, arguments)
+        np.testing.assert_allclose(value, loss(arguments), **REORDERED)
+        np.testing.assert_allclose(push(tangents), expected, rtol=1e-5, atol=1e-5)
+        by_column = jax.jit(jax.jacfwd(loss))(arguments)
+        assert_trees_close(by_column, jacobian, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jvp_without_forward_mode_is_an_error_of_jax(kind: str) -> None:
+    loss, arguments = problem(kind)
+    with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
+        jax.jvp(loss, (arguments,), (arguments,))
+
+
+# What is kept for the backward pass
+
+
+@REGISTRATIONS
+@by_case
+def test_backward_pass_keeps_only_the_inputs_and_a_number_per_example(
+    kind: str, option: str, forward_mode: bool
+) -> None:
+    loss, arguments = problem(kind, option, forward_mode=forward_mode)
+
+    def of_logits(logits: jax.Array) -> jax.Array:
+        return loss(arguments | {"logits": logits})
+
+    held = [*arguments.values(), jnp.asarray(EXISTS)]
+    pullbacks = [jax.vjp(of_logits, arguments["logits"])[1]]
+    if option in ("none", "all"):
+        pullbacks.append(jax.vjp(loss, arguments)[1])
+    for pullback in pullbacks:
+        for kept in jax.tree.leaves(pullback):
+            is_input = any(
+                kept.dtype == a.dtype and np.array_equal(kept.ravel(), a.ravel())
+                for a in held
+            )
+            fine = is_input or kept.size <= B
+            assert fine, f"kept {kept.dtype} of shape {kept.shape}"
+
+
+MEMORY_SHAPE = (4096, 8192)
+LOGITS_BYTES = 2 * 4096 * 8192
+
+
+def temporary_bytes(kind: str, option: str, forward_mode: bool) -> int:
+    """What XLA allocates for value and gradient of a bfloat16 mean, beside them."""
+    rows, classes = MEMORY_SHAPE
+    shapes = {
+        "where": ((1, classes), jnp.bool_),
+        "class_weights": ((classes,), jnp.float32),
+        "label_smoothing": ((), jnp.float32),
+        "z_loss": ((), jnp.float32),
+        "logit_scale": ((), jnp.float32),
+        "weights": ((rows,), jnp.float32),
+    }
+    given = {name: shapes[name] for name in OPTIONS[option] if name in shapes}
+    static = {k: v for k, v in OPTIONS[option].items() if k not in shapes}
+    static |= {"reduction": "mean", "forward_mode": forward_mode}
+    if kind == "dense":
+        static.pop("ignore_index", None)
+        function = jl.softmax_cross_entropy
+        given["labels"] = (MEMORY_SHAPE, jnp.bfloat16)
+    else:
+        function = jl.softmax_cross_entropy_with_integer_labels
+        given["labels"] = ((rows,), jnp.int32)
+
+    def loss(logits: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+        return function(logits, **arrays, **static)
+
+    arrays = {name: jax.ShapeDtypeStruct(*spec) for name, spec in given.items()}
+    logits = jax.ShapeDtypeStruct(MEMORY_SHAPE, jnp.bfloat16)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(logits, arrays)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def temporaries(cases: list[tuple[str, str, bool]]) -> list[int]:
+    """`temporary_bytes` of each case where JAX has one CPU device, as users have."""
+    folder = pathlib.Path(__file__).parent
+    code = (
+        f"import test_transforms as t; print([t.temporary_bytes(*c) for c in {cases}])"
+    )
+    paths = [str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+        },
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return ast.literal_eval(run.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_cost_no_memory_of_the_size_of_the_logits(kind: str) -> None:
+    # Option by option, then all at once; with both registrations.
+    options = [o for k, o in CASES if k == kind and o not in ("all, mean", "none")]
+    cases = [(kind, "none", False), (kind, "none", True)]
+    cases += [(kind, option, False) for option in options]
+    cases += [(kind, option, True) for option in options]
+    plain, *others = temporaries(cases)
+    # Vectors and blocks are allowed, a mask of the size of the logits is not.
+    allowed = plain + LOGITS_BYTES // 4
+    too_much = [
+        f"{case}: {size / LOGITS_BYTES:.2f} x logits"
+        for case, size in zip(cases[1:], others, strict=True)
+        if size > allowed
+    ]
+    without = f"without options: {plain / LOGITS_BYTES:.2f} x logits"
+    assert not too_much, "\n".join([without, *too_much])
+
+
+def test_bfloat16_logits_are_not_copied_to_float32_in_memory() -> None:
+    (size,) = temporaries([("integer", "none", False)])
+    assert size < 2 * LOGITS_BYTES
+
+
+# Transformations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", ["none", "all, mean"])
+def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None:
+    loss, arguments = problem(kind, option)
+    assert_trees_close(jax.jit(loss)(arguments), loss(arguments), **REORDERED)
+    gradient = jax.grad(summed(loss))
+    assert_trees_close(jax.jit(gradient)(arguments), gradient(arguments), **REORDERED)
+
+
+@REGISTRATIONS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_vmap_over_any_axis_is_the_batched_call(
+    axis: int, kind: str, forward_mode: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    logits = jnp.asarray(rng.standard_normal((3, B, V)), jnp.float32)
+    if kind == "dense":
+        function = jl.softmax_cross_entropy
+        labels = jnp.asarray(rng.dirichlet(np.ones(V), (3, B)), jnp.float32)
+        labels_axis = 2 - axis
+    else:
+        function = jl.softmax_cross_entropy_with_integer_labels
+        labels = jnp.asarray(rng.integers(0, V, (3, B)), jnp.int32)
+        labels_axis = axis % 2
+    loss = functools.partial(function, forward_mode=forward_mode)
+    value_and_vjp = jax.jit(jax.value_and_grad(summed(loss)))
+
+    moved = jnp.moveaxis(logits, 0, axis), jnp.moveaxis(labels, 0, labels_axis)
+    in_axes = (axis, labels_axis)
+    batched = jax.vmap(loss, in_axes, out_axes=1)(*moved)
+    assert_trees_close(batched, loss(logits, labels).T, **REORDERED)
+    values, gradients = jax.vmap(value_and_vjp, in_axes, out_axes=(0, axis))(*moved)
+    expected = [value_and_vjp(z, y) for z, y in zip(logits, labels, strict=True)]
+    np.testing.assert_allclose(values, [v for v, _ in expected], **REORDERED)
+    stacked = jnp.stack([g for _, g in expected], axis)
+    assert_trees_close(gradients, stacked, **REORDERED)
+
+
+MAPPED: dict[str, np.ndarray] = {
+    "labels": np.stack([IDS, IDS[::-1]]),
+    "where": np.stack([EXISTS, ~EXISTS | (np.arange(V) < 3)]),
+    "class_weights": np.linspace(0.25, 3, 2 * V).reshape(2, V),
+    "weights": np.linspace(0, 2, 2 * B).reshape(2, B),
+    "label_smoothing": np.array([0.0, 0.3]),
+    "z_loss": np.array([0.0, 0.1]),
+    "logit_scale": np.array([-0.5, 2.0]),
+}
+
+
+@REGISTRATIONS
+@pytest.mark.parametrize("name", MAPPED)
+def test_vmap_over_one_argument_is_a_loop_over_it(
+    name: str, forward_mode: bool
+) -> None:
+    mapped = MAPPED[name]
+    if mapped.dtype == np.float64:
+        mapped = mapped.astype(np.float32)
+    logits = problem("integer").arguments["logits"]
+
+    def value_and_gradient(
+        logits: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        arguments = {"labels": IDS, name: value}
+        return jax.value_and_grad(
+            lambda z: jl.softmax_cross_entropy_with_integer_labels(
+                z, forward_mode=forward_mode, reduction="mean", **arguments
+            )
+        )(logits)
+
+    batched = jax.jit(jax.vmap(value_and_gradient, (None, 0)))(logits, mapped)
+    single = jax.jit(value_and_gradient)
+    one_by_one = [single(logits, m) for m in mapped]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *one_by_one)
+    assert_trees_close(batched, stacked, **REORDERED)
+
+
+@REGISTRATIONS
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
+    kind: str, forward_mode: bool
+) -> None:
+    loss, arguments = problem(kind, "all", forward_mode=forward_mode)
+    steps = jnp.stack([factor * arguments["logits"] for factor in (1.0, -0.5, 2.0)])
+
+    def of_step(step: jax.Array, scale: jax.Array) -> jax.Array:
+        given = arguments | {"logits": step, "logit_scale": scale}
+        return jnp.sum(loss(given))
+
+    def scanned(steps: jax.Array, scale: jax.Array) -> jax.Array:
+        def body(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+            return total + of_step(step, scale), None
+
+        return jax.lax.scan(body, jnp.zeros(()), steps)[0]
+
+    def unrolled(steps: jax.Array, scale: jax.Array) -> jax.Array:
+        return of_step(steps[0], scale) + (
+            of_step(steps[1], scale) + of_step(steps[2], scale)
+        )
+
+    results = [
+        jax.jit(jax.value_and_grad(f, (0, 1)))(steps, arguments["logit_scale"])
+        for f in (scanned, unrolled)
+    ]
+    assert_trees_close(*results, **REORDERED)
+
+
+@REGISTRATIONS
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
+    loss, arguments = problem(kind, "all", forward_mode=forward_mode)
+    plain = value_and_gradients(loss)(arguments)
+    checkpointed = value_and_gradients(jax.checkpoint(loss))(arguments)
+    assert_trees_close(checkpointed, plain, **REORDERED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_changes_no_second_derivative(kind: str) -> None:
+    loss, arguments = problem(kind)
+    logits = arguments["logits"]
+
+    def of_logits(logits: jax.Array) -> jax.Array:
+        return loss(arguments | {"logits": logits})
+
+    hessian = jax.jit(jax.hessian(summed(of_logits)))(logits)
+    again = jax.checkpoint(of_logits)
+    checkpointed = jax.jit(jax.hessian(summed(again)))(logits)
+    assert_trees_close(checkpointed, hessian, **REORDERED)
+
+
+# Compilation
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What JAX traces, lowers and compiles within the context."""
+    events: list[str] = []
+    _LISTENERS.append(events)
+    try:
+        yield events
+    finally:
+        _LISTENERS.remove(events)
+
+
+_LISTENERS: list[list[str]] = []
+
+
+def _record(event: str, seconds: float, **_: Any) -> None:
+    for events in _LISTENERS:
+        if event.startswith("/jax/core/compile"):
+            events.append(event)
+
+
+# JAX has no way to take a listener back, so one serves every test.
+jax.monitoring.register_event_duration_secs_listener(_record)
+
+SCHEDULED = {
+    "label_smoothing": (0.1, 0.2),
+    "z_loss": (1e-4, 1e-3),
+    "logit_scale": (0.5, 2.0),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["float", "array"])
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_another_value_of_an_option_compiles_nothing(name: str, traced: bool) -> None:
+    # A batch size of its own, so that no other test has compiled these shapes.
+    loss, arguments = problem("integer", batch=7)
+    first, second = SCHEDULED[name]
+    if traced:
+        first, second = jnp.asarray(first), jnp.asarray(second)
+
+    @jax.jit
+    def gradient(logits: jax.Array, value: Any) -> jax.Array:
+        return jax.grad(lambda z: jnp.sum(loss({"logits": z, name: value})))(logits)
+
+    logits = arguments["logits"]
+    with compilations() as events:
+        before = loss({"logits": logits, name: first}), gradient(logits, first)
+    assert events, "the listener must hear the first compilation"
+    with compilations() as events:
+        after = loss({"logits": logits, name: second}), gradient(logits, second)
+    assert events == []
+    for a, b in zip(before, after, strict=True):
+        assert not np.allclose(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
+def test_a_traced_zero_is_the_python_zero(name: str) -> None:
+    loss, arguments = problem("integer")
+    plain = jax.value_and_grad(summed(loss))(arguments)
+
+    def with_option(logits: jax.Array, value: jax.Array) -> jax.Array:
+        return summed(loss)({"logits": logits, name: value})
+
+    value, gradient = jax.jit(jax.value_and_grad(with_option))(
+        arguments["logits"], jnp.zeros(())
+    )
+    assert_trees_close((value, {"logits": gradient}), plain, **REORDERED)
