@@ -307,10 +307,12 @@ def num_shards(spec: Spec) -> int:
 
 def lse(inputs: Inputs, statistics: Statistics) -> Values:
     """Log-sum-exp of the transformed logits; zero for what does not count."""
-    if inputs.scale is None:
-        return statistics.peak + statistics.spread
-    magnitude = jnp.where(inputs.scale < 0, -inputs.scale, inputs.scale)
-    return magnitude * statistics.peak + statistics.spread
+    peak = statistics.peak
+    if inputs.scale is not None:
+        # A NaN is in the spread as well; here it would be the slope of the scale.
+        peak = _where(~jnp.isnan(peak), peak)
+        peak = jnp.where(inputs.scale < 0, -inputs.scale, inputs.scale) * peak
+    return peak + statistics.spread
 
 
 def _distribution(peak: Values) -> Values:
