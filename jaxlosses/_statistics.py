@@ -255,7 +255,7 @@ def pullback(
             d_class_weights = d_targets * inputs.labels.astype(p.dtype)
     else:
         is_label = _is_label(spec, inputs)
-        minus_rest = jnp.where(is_label, jnp.expm1(-nll), p - 1)
+        minus_rest = jnp.where(is_label, jnp.expm1(-nll), jnp.expm1(log_p))
         at_label, elsewhere = g_nll * jnp.expm1(-nll), g_nll
         if g_spread is not None:
             at_label, elsewhere = at_label + g_spread * jnp.exp(-nll), g_nll + g_spread

@@ -275,6 +275,17 @@ def test_every_digit_is_right_up_to_80_nats(dtype: str, option: str, kind: str) 
 
 
 @both_kinds
+@pytest.mark.parametrize("option", ["none", "z_loss", "smoothed class_weights", "all"])
+def test_every_digit_is_right_for_confident_mistakes(option: str, kind: str) -> None:
+    for classes in (2, 10):
+        logits, ids = confident(classes)
+        # Another class leads, also where the class weight of the label is zero.
+        ids = (ids + 1) % classes
+        labels = ids if kind == "integer" else distributions(ids, classes)
+        check(logits, labels, **make_options(option, kind, ids, classes))
+
+
+@both_kinds
 @pytest.mark.parametrize(
     ("dtype", "option"),
     [("float32", "none"), ("float32", "all"), ("bfloat16", "all")],
