@@ -44,7 +44,14 @@ def loss(dense: bool, forward_mode: bool, axis_name: Any = None) -> Any:
     if not dense:
         function = jl.softmax_cross_entropy_with_integer_labels
 
-    def with_options(logits, labels, where, class_weights, weights, scale):  # type: ignore[no-untyped-def]
+    def with_options(
+        logits: Any,
+        labels: Any,
+        where: Any,
+        class_weights: Any,
+        weights: Any,
+        scale: Any,
+    ) -> Any:
         return function(
             logits,
             labels,
