@@ -310,8 +310,7 @@ def lse(inputs: Inputs, statistics: Statistics) -> Values:
     peak = statistics.peak
     if inputs.scale is not None:
         # A NaN is in the spread as well; here it would be the slope of the scale.
-        peak = _where(~jnp.isnan(peak), peak)
-        peak = jnp.where(inputs.scale < 0, -inputs.scale, inputs.scale) * peak
+        peak = _magnitude(inputs.scale) * _where(~jnp.isnan(peak), peak)
     return peak + statistics.spread
 
 
@@ -383,10 +382,14 @@ def _transformed(
         e = jnp.exp(-2 * jnp.abs(ratio))
         slope = 4 * e / jnp.square(1 + e)
     if inputs.scale is not None:
-        negative = inputs.scale < 0
-        z = jnp.where(negative, -z, z)
-        magnitude = jnp.where(negative, -inputs.scale, inputs.scale)
+        z = jnp.where(inputs.scale < 0, -z, z)
+        magnitude = _magnitude(inputs.scale)
     return z, magnitude, slope
+
+
+def _magnitude(scale: Values) -> Values:
+    """`|scale|`, with the slope of a positive scale at 0, where `abs` has none."""
+    return jnp.where(scale < 0, -scale, scale)
 
 
 def _class_ids(spec: Spec, shape: tuple[int, ...]) -> Ids:
