@@ -77,7 +77,7 @@ def _accuracy() -> Rows:
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         for name, options in _OPTIONS.items():
             sizes = _CLASSES if options else _CLASSES + _MORE_CLASSES
-            bars = _bars(dtype, options)
+            bars = _bars(dtype)
             row: dict[str, Any] = {"dtype": dtype, "option": name}
             row |= {"loss bar": bars[0], "gradient bar": bars[1]}
             ours = _errors(
@@ -92,14 +92,8 @@ def _accuracy() -> Rows:
     return rows
 
 
-def _bars(dtype: str, options: dict[str, float]) -> tuple[float, float]:
+def _bars(dtype: str) -> tuple[float, float]:
     loss, gradient = (1e-13, 1e-12) if dtype == "float64" else (4e-6, 1e-5)
-    if "logit_softcap" in options:
-        # tanh is right to about 4 units in the last place, so a capped logit is to
-        # 4 of the cap's; a confident loss has the difference of two as relative error.
-        width = 2.0**-50 if dtype == "float64" else 2.0**-21
-        rounding = options["logit_softcap"] * width
-        loss, gradient = loss + rounding, gradient + rounding
     return loss, gradient + _ROUNDING[dtype]
 
 

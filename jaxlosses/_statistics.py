@@ -24,6 +24,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -52,6 +53,9 @@ class Spec:
     axis_name: tuple[str, ...] = ()
     in_cache: bool = False
 
+
+# Nodes at which tanh is tabulated, per unit.
+_NODES = 16
 
 Values = Float[Array, "..."]
 Ids = Integer[Array, "..."]
@@ -121,7 +125,13 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
     peak = _distribution(_max(spec, signed))
     top = signed == peak
     rival, mass = _rivals(spec, jnp.where(top, -jnp.inf, signed), magnitude)
-    ratio = _exp_of_sum(*_difference(rival, peak, magnitude))
+    low = jnp.zeros_like(peak)
+    exact_peak, exact_rival = Pair(peak, low), Pair(rival, low)
+    if _is_cap_rounded(spec, inputs):
+        raw = _signed(spec, inputs, capped=False)[0]
+        exact_peak = _exact_cap(spec, _max(spec, raw))
+        exact_rival = _exact_cap(spec, _max(spec, jnp.where(top, -jnp.inf, raw)))
+    ratio = _exp_of_sum(_difference(exact_rival, exact_peak, magnitude))
     ties = _sum(spec, jnp.where(top, 1, 0).astype(mass.dtype))
     # The mass joins last: added to the count of ties, its digits would be lost.
     spread = jnp.log1p((ties - 1) + mass * ratio)
@@ -158,22 +168,41 @@ def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, 
     """
     signed, magnitude = _signed(spec, inputs)
     is_label = _is_label(spec, inputs)
-    if spec.in_cache:
-        (axis,) = spec.axes
-        label = jnp.take_along_axis(signed, jnp.maximum(inputs.labels, 0), axis)
-        label = jnp.where(inputs.labels < 0, -jnp.inf, label)
-    else:
-        label = _max(spec, jnp.where(is_label, signed, -jnp.inf))
+    label = _at_label(spec, inputs, signed, is_label)
     rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
-    lead, low = _difference(label, rival, magnitude)
-    ahead = lead >= 0
-    ratio = _exp_of_sum(-jnp.abs(lead), jnp.where(ahead, -low, low))
-    spread = jnp.log1p(jnp.where(ahead, mass * ratio, (mass - 1) + ratio))
     peak = _distribution(jnp.maximum(label, rival))
+    low = jnp.zeros_like(peak)
+    exact_label, exact_rival = Pair(label, low), Pair(rival, low)
+    if _is_cap_rounded(spec, inputs):
+        raw = _signed(spec, inputs, capped=False)[0]
+        exact_label = _exact_cap(spec, _at_label(spec, inputs, raw, is_label))
+        others = jnp.where(is_label, -jnp.inf, raw)
+        exact_rival = _exact_cap(spec, _max(spec, others))
+    lead = _difference(exact_label, exact_rival, magnitude)
+    ahead = lead.high >= 0
+    ratio = _exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
+    spread = jnp.log1p(jnp.where(ahead, mass * ratio, (mass - 1) + ratio))
     spread = jnp.where(jnp.isnan(peak), peak, spread)
-    nll = spread - jnp.minimum(lead + low, 0)
+    nll = spread - jnp.minimum(lead.high + lead.low, 0)
     nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
+    if _is_cap_rounded(spec, inputs):
+        # What the peak was rounded by is the spread's to carry.
+        high, low = (
+            jnp.where(ahead, a, b)
+            for a, b in zip(exact_label, exact_rival, strict=True)
+        )
+        rounding = _scaled((high - peak) + low, magnitude)
+        spread = spread + _where(jnp.isfinite(rounding), rounding)
     return _scaled(signed - peak, magnitude), peak, spread, nll
+
+
+def _at_label(spec: Spec, inputs: Inputs, a: Values, is_label: Mask) -> Values:
+    """The entry at the label, `-inf` without one."""
+    if not spec.in_cache:
+        return _max(spec, jnp.where(is_label, a, -jnp.inf))
+    (axis,) = spec.axes
+    found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
+    return jnp.where(inputs.labels < 0, -jnp.inf, found)
 
 
 def _rivals(
@@ -319,16 +348,21 @@ def _distribution(peak: Values) -> Values:
     return jnp.where(jnp.isfinite(peak), peak, jnp.nan)
 
 
-def _difference(
-    a: Values, b: Values, magnitude: Values | None
-) -> tuple[Values, Values]:
-    """`magnitude * (a - b)` as the sum of two, the second one small.
+class Pair(NamedTuple):
+    """A number as the sum of two, the second one small."""
+
+    high: Values
+    low: Values
+
+
+def _difference(a: Pair, b: Pair, magnitude: Values | None) -> Pair:
+    """`magnitude * (a - b)`.
 
     A rounding is worth up to 4e-6 at 80 nats, all of it an error of the loss.
     """
-    gap = a - b
-    back = gap - a
-    low = (a - (gap - back)) - (b + back)
+    gap = a.high - b.high
+    back = gap - a.high
+    low = (a.high - (gap - back)) - (b.high + back) + (a.low - b.low)
     if magnitude is not None:
         # The product of two halves of the digits is exact, fused or not.
         info = jnp.finfo(gap.dtype)
@@ -338,23 +372,68 @@ def _difference(
         )
         low = magnitude * ((gap - high_gap) + low) + (magnitude - high) * high_gap
         gap = high * high_gap
-    return gap, _where(jnp.isfinite(low), low)
+    return Pair(gap, _where(jnp.isfinite(low), low))
 
 
-def _exp_of_sum(high: Values, low: Values) -> Values:
+def _exp_of_sum(x: Pair) -> Values:
     """`exp(high + low)` for a small `low`, which the sum would lose."""
     # Where `low` is not small, `high` is far below what exp can hold.
-    low = jnp.clip(low, -1, 1)
+    low = jnp.clip(x.low, -1, 1)
     series = 1 + low * (1 + low * (1 / 2 + low * (1 / 6 + low * (1 / 24))))
-    return jnp.exp(high) * series
+    return jnp.exp(x.high) * series
+
+
+def _is_cap_rounded(spec: Spec, inputs: Inputs) -> bool:
+    """Whether a capped logit has too few digits for the lead of a label."""
+    return spec.softcap is not None and inputs.logits.dtype != jnp.float64
+
+
+def _exact_cap(spec: Spec, raw: Values) -> Pair:
+    """`c tanh(raw / c)` of float32 numbers, to 1e-8 of the cap.
+
+    By the addition theorem from a node `k / 16` of `tanh`, which is tabulated, and
+    the tangent `t` of the short way from it:
+
+        tanh(a + b) = tanh(a) + t (1 - tanh(a)^2) / (1 + t tanh(a)),    t = tanh(b)
+    """
+    assert spec.softcap is not None
+    cap = np.float64(np.float32(spec.softcap))
+    nodes = np.arange(10 * _NODES + 1) / _NODES  # tanh(10) is 1 - 4e-9
+    tanh = np.tanh(nodes)
+    # Without sech^2, the last node would still rise.
+    rise = cap / np.square(np.cosh(nodes))
+
+    def at(table: np.ndarray) -> tuple[Values, Values]:
+        high = table.astype(np.float32)
+        low = (table - high).astype(np.float32)
+        return jnp.asarray(high)[node], jnp.asarray(low)[node]
+
+    size = jnp.abs(_where(jnp.isfinite(raw), raw))
+    node = jnp.minimum(jnp.round(size / np.float32(cap / _NODES)), nodes.size - 1)
+    node = node.astype(jnp.int32)
+    start, start_low = at(cap * nodes)
+    b = jnp.clip(((size - start) - start_low) / np.float32(cap), -0.5, 0.5)
+    square = jnp.square(b)
+    t = b * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    high, low = at(cap * tanh)
+    low = low + t * at(rise)[0] / (1 + t * at(tanh)[0])
+    total = high + low
+    high, low = total, (high - total) + low
+    sign = jnp.where(raw < 0, -1, 1).astype(raw.dtype)
+    finite = jnp.isfinite(raw)
+    return Pair(jnp.where(finite, sign * high, raw), _where(finite, sign * low))
 
 
 def _scaled(gap: Values, magnitude: Values | None) -> Values:
     return gap if magnitude is None else magnitude * gap
 
 
-def _signed(spec: Spec, inputs: Inputs) -> tuple[Values, Values | None]:
+def _signed(
+    spec: Spec, inputs: Inputs, *, capped: bool = True
+) -> tuple[Values, Values | None]:
     """`sign(scale) * cap(logits)`, `-inf` for a masked class, and `|scale|`."""
+    if not capped:
+        spec = dataclasses.replace(spec, softcap=None)
     signed, magnitude, _ = _transformed(spec, inputs)
     if inputs.where is not None:
         signed = jnp.where(inputs.where, signed, -jnp.inf)
@@ -376,10 +455,14 @@ def _transformed(
     if spec.softcap is not None:
         # An infinite logit stays infinite, or a diverged model would look healthy.
         finite = jnp.isfinite(z)
-        ratio = _where(finite, z) / spec.softcap
-        z = jnp.where(finite, spec.softcap * jnp.tanh(ratio), z)
-        # 1 - tanh^2 without the cancellation near the cap.
+        cap = spec.softcap
+        ratio = _where(finite, z) / cap
         e = jnp.exp(-2 * jnp.abs(ratio))
+        # Near the cap, what is missing to it has more digits than tanh.
+        near = jnp.sign(ratio) * (cap - 2 * cap * e / (1 + e))
+        near_or_far = jnp.where(e < 1 / 3, near, cap * jnp.tanh(ratio))
+        z = jnp.where(finite, near_or_far, z)
+        # 1 - tanh^2 without the cancellation near the cap.
         slope = 4 * e / jnp.square(1 + e)
     if inputs.scale is not None:
         z = jnp.where(inputs.scale < 0, -z, z)

@@ -107,7 +107,7 @@ def check(
     with jax.enable_x64(dtype == "float64"):
         loss, gradients = run(arrays, fixed, cotangent)
     more = of_cap(dtype, options)
-    assert_loss(loss, exact, dtype, more=more)
+    assert_loss(loss, exact, dtype, "loss", more.loss, more.smoothing)
     exact_gradients = exact_derivatives(logits, labels, cotangent, options)
     assert gradients.keys() == arrays.keys()
     for name, gradient in gradients.items():
@@ -116,7 +116,10 @@ def check(
         # Which of the parameters a bad example spoils is not promised.
         if np.isnan(exact).any() and name not in ("logits", "labels", "weights"):
             continue
-        assert_gradient(gradient, value, dtype, terms, f"gradient by {name}", more)
+        # The gradient by a weight is a loss.
+        absolute = more.smoothing * abs(cotangent) if name == "weights" else 0.0
+        what = f"gradient by {name}"
+        assert_gradient(gradient, value, dtype, terms, what, more.gradient, absolute)
     return np.asarray(loss), {k: np.asarray(v) for k, v in gradients.items()}
 
 
