@@ -455,13 +455,9 @@ def _transformed(
     if spec.softcap is not None:
         # An infinite logit stays infinite, or a diverged model would look healthy.
         finite = jnp.isfinite(z)
-        cap = spec.softcap
-        ratio = _where(finite, z) / cap
+        ratio = _where(finite, z) / spec.softcap
+        z = jnp.where(finite, spec.softcap * jnp.tanh(ratio), z)
         e = jnp.exp(-2 * jnp.abs(ratio))
-        # Near the cap, what is missing to it has more digits than tanh.
-        near = jnp.sign(ratio) * (cap - 2 * cap * e / (1 + e))
-        near_or_far = jnp.where(e < 1 / 3, near, cap * jnp.tanh(ratio))
-        z = jnp.where(finite, near_or_far, z)
         # 1 - tanh^2 without the cancellation near the cap.
         slope = 4 * e / jnp.square(1 + e)
     if inputs.scale is not None:

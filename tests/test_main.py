@@ -50,7 +50,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exit_status_says_whether_all_held(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, bar: float, status: int
 ) -> None:
-    monkeypatch.setattr(main, "_bars", lambda dtype, options: (bar, bar))
+    monkeypatch.setattr(main, "_bars", lambda dtype: (bar, bar))
     assert main.main([]) == status
     text = capsys.readouterr().out
     assert ("every error is within its bar" in text) == (status == 0)
