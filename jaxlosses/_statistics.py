@@ -21,6 +21,7 @@ non-negative. That is why a confident example keeps its digits.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
     rival, mass = _rivals(spec, jnp.where(top, -jnp.inf, signed), magnitude)
     low = jnp.zeros_like(peak)
     exact_peak, exact_rival = Pair(peak, low), Pair(rival, low)
-    if _is_cap_rounded(spec, inputs):
+    if _is_cap_rounded(spec, peak):
         raw = _signed(spec, inputs, capped=False)[0]
         exact_peak = _exact_cap(spec, _max(spec, raw))
         exact_rival = _exact_cap(spec, _max(spec, jnp.where(top, -jnp.inf, raw)))
@@ -149,7 +150,8 @@ def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     else:
         gap, peak, spread, nll = _against_label(spec, inputs)
     if spec.smooth:
-        smooth = _expected(spec, _uniform(spec, inputs, gap.dtype), spread - gap)
+        target = uniform_of(spec, inputs, gap.dtype).target
+        smooth = _expected(spec, target, spread - gap)
     if spec.predicted:
         predicted = first(spec, gap == 0)
     statistics = Statistics(peak, spread, nll, smooth, predicted)
@@ -157,7 +159,132 @@ def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
 
 
 def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, Values]:
-    """`gap`, `peak`, `spread` and `nll`, from the label's logit and its rivals.
+    """`gap`, `peak`, `spread` and `nll`, from the label's logit and its rivals."""
+    signed, magnitude = _signed(spec, inputs)
+    part = _partial(spec, inputs, signed, magnitude)
+    peak, spread, nll = _finish(spec, part, magnitude)
+    nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
+    return _scaled(signed - peak, magnitude), peak, spread, nll
+
+
+class Partial(NamedTuple):
+    """What a loss on class ids needs of some of the classes; parts can be merged.
+
+    Attributes:
+        label: logit at the label, after cap and sign of the scale; `-inf` where the
+            label is not among these classes.
+        rival: the largest of the other logits.
+        mass: sum over the others of `exp` of the logit less `rival`.
+        raw_label: `label` before a cap that rounds, or None.
+        raw_rival: the same of `rival`.
+        slack: sum over classes of `u_j (m - z_j)`, with `m` the larger of `label` and
+            `rival`; or None.
+        share: sum of `u_j`, or None.
+        predicted: lowest class id at `m`, or None.
+    """
+
+    label: Values
+    rival: Values
+    mass: Values
+    raw_label: Values | None = None
+    raw_rival: Values | None = None
+    slack: Values | None = None
+    share: Values | None = None
+    predicted: Ids | None = None
+
+
+def partial(spec: Spec, inputs: Inputs, uniform: Values | None) -> Partial:
+    """Reads a part of the classes.
+
+    Args:
+        spec: without `axis_name`: what devices hold is merged as other parts are.
+        inputs: of these classes; labels count from the first of them.
+        uniform: `u_j` of these classes, or None without smoothing.
+    """
+    signed, magnitude = _signed(spec, inputs)
+    part = _partial(spec, inputs, signed, magnitude)
+    peak = jnp.maximum(part.label, part.rival)
+    slack = share = predicted = None
+    if uniform is not None:
+        base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
+        slack = _expected(spec, uniform, _scaled(base - signed, magnitude))
+        share = _sum(spec, uniform)
+    if spec.predicted:
+        predicted = first(spec, signed == peak)
+    return part._replace(slack=slack, share=share, predicted=predicted)
+
+
+class Reducers(NamedTuple):
+    """How parts come together: along an axis of an array, or of a mesh."""
+
+    max: Callable[[Array], Array]
+    min: Callable[[Array], Array]
+    sum: Callable[[Array], Array]
+
+
+def merge(part: Partial, reducers: Reducers, inputs: Inputs) -> Partial:
+    """The statistics of all classes from those of the parts."""
+    magnitude = None if inputs.scale is None else _magnitude(inputs.scale)
+
+    def below(largest: Values, own: Values) -> Values:
+        # Without any class, -inf - (-inf) would be NaN.
+        base = jnp.where(largest == -jnp.inf, 0, largest)
+        return _scaled(own - base, magnitude)
+
+    rival, label = reducers.max(part.rival), reducers.max(part.label)
+    mass = reducers.sum(part.mass * jnp.exp(below(rival, part.rival)))
+    raw_label = raw_rival = slack = share = predicted = None
+    if part.raw_label is not None and part.raw_rival is not None:
+        raw_label = reducers.max(part.raw_label)
+        raw_rival = reducers.max(part.raw_rival)
+    own = jnp.maximum(part.label, part.rival)
+    peak = jnp.maximum(label, rival)
+    if part.slack is not None and part.share is not None:
+        # A part without logits above -inf counted its gaps from 0.
+        own_base = jnp.where(own == -jnp.inf, 0, own)
+        moved = part.share * -below(peak, own_base)
+        slack = reducers.sum(part.slack + jnp.where(part.share == 0, 0, moved))
+        share = reducers.sum(part.share)
+    if part.predicted is not None:
+        found = (own == peak) & (part.predicted >= 0)
+        nobody = jnp.iinfo(part.predicted.dtype).max
+        predicted = reducers.min(jnp.where(found, part.predicted, nobody))
+        predicted = jnp.where(predicted == nobody, -1, predicted)
+    return Partial(label, rival, mass, raw_label, raw_rival, slack, share, predicted)
+
+
+def finish(spec: Spec, part: Partial, inputs: Inputs) -> Statistics:
+    """Statistics from what is known of all classes; `inputs.logits` is not read."""
+    magnitude = None if inputs.scale is None else _magnitude(inputs.scale)
+    peak, spread, nll = _finish(spec, part, magnitude)
+    nll = jnp.where(inputs.labels >= 0, nll, jnp.nan)
+    smooth = None
+    if part.slack is not None and part.share is not None:
+        smooth = part.slack + jnp.where(part.share == 0, 0, part.share * spread)
+        smooth = jnp.where(jnp.isnan(spread), spread, smooth)
+    statistics = Statistics(peak, spread, nll, smooth, part.predicted)
+    return _counted_only(statistics, inputs.counted)
+
+
+def _partial(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The label's logit, and its rivals."""
+    is_label = _is_label(spec, inputs)
+    label = _at_label(spec, inputs, signed, is_label)
+    rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
+    raw_label = raw_rival = None
+    if _is_cap_rounded(spec, label):
+        raw = _signed(spec, inputs, capped=False)[0]
+        raw_label = _at_label(spec, inputs, raw, is_label)
+        raw_rival = _max(spec, jnp.where(is_label, -jnp.inf, raw))
+    return Partial(label, rival, mass, raw_label, raw_rival)
+
+
+def _finish(
+    spec: Spec, part: Partial, magnitude: Values | None
+) -> tuple[Values, Values, Values]:
+    """`peak`, `spread` and `nll`.
 
     With `r` the largest of the other logits and `S = sum_{j != y} exp(z_j - r)`,
 
@@ -166,26 +293,20 @@ def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, 
 
     `S` is at least one, so nothing underflows, and every term is non-negative.
     """
-    signed, magnitude = _signed(spec, inputs)
-    is_label = _is_label(spec, inputs)
-    label = _at_label(spec, inputs, signed, is_label)
-    rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
+    label, rival, mass = part.label, part.rival, part.mass
     peak = _distribution(jnp.maximum(label, rival))
     low = jnp.zeros_like(peak)
     exact_label, exact_rival = Pair(label, low), Pair(rival, low)
-    if _is_cap_rounded(spec, inputs):
-        raw = _signed(spec, inputs, capped=False)[0]
-        exact_label = _exact_cap(spec, _at_label(spec, inputs, raw, is_label))
-        others = jnp.where(is_label, -jnp.inf, raw)
-        exact_rival = _exact_cap(spec, _max(spec, others))
+    if part.raw_label is not None and part.raw_rival is not None:
+        exact_label = _exact_cap(spec, part.raw_label)
+        exact_rival = _exact_cap(spec, part.raw_rival)
     lead = _difference(exact_label, exact_rival, magnitude)
     ahead = lead.high >= 0
     ratio = _exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
     spread = jnp.log1p(jnp.where(ahead, mass * ratio, (mass - 1) + ratio))
     spread = jnp.where(jnp.isnan(peak), peak, spread)
     nll = spread - jnp.minimum(lead.high + lead.low, 0)
-    nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
-    if _is_cap_rounded(spec, inputs):
+    if part.raw_label is not None:
         # What the peak was rounded by is the spread's to carry.
         high, low = (
             jnp.where(ahead, a, b)
@@ -193,7 +314,7 @@ def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, 
         )
         rounding = _scaled((high - peak) + low, magnitude)
         spread = spread + _where(jnp.isfinite(rounding), rounding)
-    return _scaled(signed - peak, magnitude), peak, spread, nll
+    return peak, spread, nll
 
 
 def _at_label(spec: Spec, inputs: Inputs, a: Values, is_label: Mask) -> Values:
@@ -234,6 +355,7 @@ def pullback(
     cotangents: Cotangents,
     *,
     linear: bool = False,
+    uniform: "Uniform | None" = None,
 ) -> Inputs:
     """Cotangents of the differentiable inputs, rebuilt from the statistics.
 
@@ -252,6 +374,7 @@ def pullback(
         linear: stay linear in the cotangents, so that the function can be
             transposed. Otherwise an example whose cotangents are zero has gradient
             zero even if it holds a NaN.
+        uniform: given if the classes are a part of all; else computed.
     """
     if not linear:
         silent = jnp.isnan(statistics.nll)
@@ -290,12 +413,11 @@ def pullback(
             at_label, elsewhere = at_label + g_spread * jnp.exp(-nll), g_nll + g_spread
         d_z = jnp.where(is_label, at_label, elsewhere * p)
     if g_smooth is not None:
-        uniform = _uniform(spec, inputs, p.dtype)
-        others = _sum_of_others(spec, uniform)
-        d_z = d_z + g_smooth * (others * p + uniform * minus_rest)
+        u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
+        d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)
         if inputs.class_weights is not None:
             d_uniform = _of_targets(g_smooth, log_p, present, linear)
-            d_uniform = d_uniform / _num_classes(spec, inputs, p.dtype)
+            d_uniform = d_uniform / u.num_classes
             d_class_weights = _add(d_class_weights, d_uniform)
     if d_class_weights is not None and inputs.class_weights is not None:
         d_class_weights = _sum_to(d_class_weights, inputs.class_weights)
@@ -383,9 +505,9 @@ def _exp_of_sum(x: Pair) -> Values:
     return jnp.exp(x.high) * series
 
 
-def _is_cap_rounded(spec: Spec, inputs: Inputs) -> bool:
+def _is_cap_rounded(spec: Spec, capped: Values) -> bool:
     """Whether a capped logit has too few digits for the lead of a label."""
-    return spec.softcap is not None and inputs.logits.dtype != jnp.float64
+    return spec.softcap is not None and capped.dtype != jnp.float64
 
 
 def _exact_cap(spec: Spec, raw: Values) -> Pair:
@@ -507,11 +629,27 @@ def _targets(inputs: Inputs, dtype: Any) -> Values:
     return _where(inputs.where, _weighted(inputs.labels.astype(dtype), inputs))
 
 
-def _uniform(spec: Spec, inputs: Inputs, dtype: Any) -> Values:
-    """Class-weighted uniform distribution over the classes that exist."""
+class Uniform(NamedTuple):
+    """The class-weighted uniform distribution over the classes that exist.
+
+    Attributes:
+        target: its entries `u_j`.
+        others: for each class, the sum over the other classes.
+        num_classes: how many classes exist, at least one.
+    """
+
+    target: Values
+    others: Values
+    num_classes: Values
+
+
+def uniform_of(spec: Spec, inputs: Inputs, dtype: Any) -> Uniform:
+    """What smoothing spreads; of `inputs.logits` only the shape is used."""
     shape = [n if i in spec.axes else 1 for i, n in enumerate(inputs.logits.shape)]
     ones = _where(inputs.where, _weighted(jnp.ones(shape, dtype), inputs))
-    return ones / _num_classes(spec, inputs, dtype)
+    num_classes = _num_classes(spec, inputs, dtype)
+    target = ones / num_classes
+    return Uniform(target, _sum_of_others(spec, target), num_classes)
 
 
 def _num_classes(spec: Spec, inputs: Inputs, dtype: Any) -> Values:
