@@ -19,6 +19,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _REDUCTIONS = ("none", "sum", "mean")
+_LAYOUTS = ("dv", "vd")
+_STRATEGIES = ("auto", "tokens", "recompute", "vocab", "dense")
 
 
 def logits(x: Any) -> Array:
@@ -184,6 +186,150 @@ def class_weights(x: Any, num_classes: int) -> Array | None:
     return x
 
 
+def hidden(x: Any) -> Array:
+    """Features of each example, the last axis."""
+    return _features("hidden", x, 1, "a feature axis", "(batch, features)")
+
+
+def kernel(x: Any, layout: Any, features: int) -> Array:
+    """The matrix that turns features into logits."""
+    _demand(
+        isinstance(layout, str) and layout in _LAYOUTS,
+        ValueError,
+        "kernel_layout",
+        repr(layout),
+        'one of "dv", "vd"',
+        '"dv" is the kernel of a Dense layer, (features, classes); "vd" an embedding '
+        "table, (classes, features).",
+    )
+    x = _features("kernel", x, 2, "two axes", "(features, classes)")
+    names = "(features, classes)" if layout == "dv" else "(classes, features)"
+    fix = f'kernel_layout="{layout}" is {names}.'
+    if x.ndim == 2 and x.shape[1 if layout == "dv" else 0] == features:
+        other = "vd" if layout == "dv" else "dv"
+        fix += f' For the transposed matrix pass kernel_layout="{other}".'
+    shape = (features, None) if layout == "dv" else (None, features)
+    expected = f"{names} with {features} features, as hidden has"
+    _demand_shape("kernel", x, shape, expected, fix)
+    return x
+
+
+def bias(x: Any, num_classes: int) -> Array | None:
+    """What is added to the logit of each class."""
+    if x is None:
+        return None
+    x = _floating("bias", x)
+    expected = f"({num_classes},), one per class"
+    _demand_shape("bias", x, (num_classes,), expected, "Give one value per class.")
+    return x
+
+
+def class_mask(x: Any, num_classes: int) -> Array | None:
+    """Which classes exist, the same for all examples."""
+    if x is None:
+        return None
+    x = _array("where", x)
+    _demand(
+        x.dtype == jnp.bool_,
+        TypeError,
+        "where",
+        f"dtype {x.dtype}",
+        "bool",
+        "Compare it: mask != 0.",
+    )
+    fix = "Mask examples with ignore_index, or with weights of 0."
+    expected = f"({num_classes},), one flag per class"
+    _demand_shape("where", x, (num_classes,), expected, fix)
+    return x
+
+
+def strategy(x: Any) -> str:
+    """How the fused loss goes through the logits."""
+    _demand(
+        isinstance(x, str) and x in _STRATEGIES,
+        ValueError,
+        "strategy",
+        repr(x),
+        f"one of {', '.join(map(repr, _STRATEGIES))}",
+        '"auto" chooses; the docstring says how.',
+    )
+    return str(x)
+
+
+def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> None:
+    """A strategy that can do what is asked for."""
+    if strategy in ("auto", "dense"):
+        return
+    _demand(
+        not dense,
+        ValueError,
+        "strategy",
+        f'"{strategy}" with labels that are distributions',
+        '"dense" or "auto"',
+        "Distributions are as large as the logits; the other strategies take class "
+        "ids.",
+    )
+    if strategy != "tokens":
+        return
+    _demand(
+        reduction != "none",
+        ValueError,
+        "strategy",
+        '"tokens" with reduction="none"',
+        'reduction="sum" or "mean"',
+        'It forms the gradient of a sum in one pass. Pass strategy="recompute" for '
+        "one loss per example.",
+    )
+    _demand(
+        not forward_mode,
+        ValueError,
+        "strategy",
+        '"tokens" with forward_mode=True',
+        '"recompute", "vocab", "dense" or "auto"',
+        "Its pass forms a reverse-mode gradient.",
+    )
+
+
+def workspace_bytes(x: Any) -> int | None:
+    """Bytes that a chunk may take, or None."""
+    if x is None:
+        return None
+    _demand(
+        _is_int(x),
+        TypeError,
+        "workspace_bytes",
+        repr(x),
+        "an int or None",
+        "Pass a number of bytes, such as 2**28.",
+    )
+    _demand(
+        x > 0,
+        ValueError,
+        "workspace_bytes",
+        repr(x),
+        "a number above 0, or None",
+        "None takes the default of the platform.",
+    )
+    return int(x)
+
+
+def is_distribution(labels: Any) -> bool:
+    """Whether labels are floating: a weight per class, not class ids."""
+    return bool(jnp.issubdtype(_array("labels", labels).dtype, jnp.floating))
+
+
+def no_ignore_index(x: Any) -> None:
+    """Distributions have no id that could be ignored."""
+    _demand(
+        x is None,
+        ValueError,
+        "ignore_index",
+        f"{x!r} with labels that are distributions",
+        "None",
+        "Leave examples out with weights of 0.",
+    )
+
+
 def ignore_index(x: Any) -> int | None:
     """A label that does not count."""
     if x is None:
@@ -325,6 +471,28 @@ def _array(argument: str, x: Any) -> Array:
             "jnp.asarray converts to one. Pass a JAX or NumPy array."
         )
         raise TypeError(message) from error
+
+
+def _features(argument: str, x: Any, ndim: int, axes: str, shape: str) -> Array:
+    """A factor of the logits."""
+    x = _array(argument, x)
+    _demand(
+        x.dtype.name in _LOGITS_DTYPES,
+        TypeError,
+        argument,
+        f"dtype {x.dtype}",
+        f"one of {', '.join(_LOGITS_DTYPES)}",
+        f"Convert it: {argument}.astype(jnp.float32).",
+    )
+    _demand(
+        x.ndim >= ndim,
+        ValueError,
+        argument,
+        f"shape {x.shape}",
+        f"an array with {axes}",
+        f"It has the shape {shape}.",
+    )
+    return x
 
 
 def _floating(argument: str, x: Any) -> Array:

@@ -99,7 +99,11 @@ def reduce(
     total = jnp.sum(loss)
     if reduction == "sum":
         return total
-    mass = denominator(loss, example)
+    return mean_of(total, denominator(loss, example))
+
+
+def mean_of(total: Float[Array, ""], mass: Float[Array, ""]) -> Float[Array, ""]:
+    """A weighted mean from its numerator and denominator; zero over nothing."""
     # A NaN is shown even where nothing weighs anything.
     nothing = (mass == 0) & ~jnp.isnan(total)
     return jnp.where(nothing, 0, total / jnp.where(mass == 0, 1, mass))

@@ -271,7 +271,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Static:
     """Everything that a compiled loss is specialised for."""
 
     spec: Spec
@@ -281,7 +281,7 @@ class _Static:
     return_stats: bool
 
 
-class _Arrays(NamedTuple):
+class Arrays(NamedTuple):
     """Everything that may change from call to call without a new compilation."""
 
     logits: Float[Array, "..."]
@@ -317,7 +317,7 @@ def _check_and_run(
     shape = logits.shape
     batch = _checks.batch_shape(shape, axes)
     where, examples = _checks.where(where, shape, axes)
-    arrays = _Arrays(
+    arrays = Arrays(
         logits,
         labels,
         where,
@@ -338,18 +338,18 @@ def _check_and_run(
         predicted=return_stats,
         axis_name=_checks.axis_name(axis_name),
     )
-    static = _Static(
+    static = Static(
         spec,
         _checks.ignore_index(ignore_index),
         _checks.reduction(reduction),
         _checks.flag("forward_mode", forward_mode),
         return_stats,
     )
-    return _loss(static, arrays)
+    return loss_on_logits(static, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(static: _Static, arrays: _Arrays) -> Any:
+def loss_on_logits(static: Static, arrays: Arrays) -> Any:
     spec = static.spec
     dtype = _statistics.accumulation_dtype(arrays.logits.dtype)
     counted = _counted(static, arrays)
@@ -357,10 +357,10 @@ def _loss(static: _Static, arrays: _Arrays) -> Any:
     if spec.dense:
         labels = arrays.labels
     else:
-        ids = _class_ids(spec, arrays.logits.shape, arrays.labels)
+        ids = class_ids(spec, arrays.logits.shape, arrays.labels)
         labels = jnp.expand_dims(ids, spec.axes)
         if arrays.class_weights is not None:
-            label_weights = _label_weights(spec, arrays.class_weights, ids, dtype)
+            label_weights = weights_of_labels(spec, arrays.class_weights, ids, dtype)
     class_weights = None
     if arrays.class_weights is not None and (spec.dense or spec.smooth):
         class_weights = _along_classes(spec, arrays.class_weights, arrays.logits.shape)
@@ -370,7 +370,7 @@ def _loss(static: _Static, arrays: _Arrays) -> Any:
         arrays.where,
         None if counted is None else jnp.expand_dims(counted, spec.axes),
         class_weights,
-        _optional(arrays.logit_scale, dtype),
+        optional(arrays.logit_scale, dtype),
     )
     statistics = _logits.statistics(spec, inputs, static.forward_mode)
     lse = _statistics.lse(inputs, statistics)
@@ -379,23 +379,24 @@ def _loss(static: _Static, arrays: _Arrays) -> Any:
         Terms(lse, statistics.nll, statistics.smooth),
     )
     coefficients = Coefficients(
-        _optional(arrays.label_smoothing, dtype), _optional(arrays.z_loss, dtype)
+        optional(arrays.label_smoothing, dtype), optional(arrays.z_loss, dtype)
     )
-    example = Example(counted, label_weights, _optional(arrays.weights, dtype))
+    example = Example(counted, label_weights, optional(arrays.weights, dtype))
     loss = _combine.per_example(coefficients, terms, example)
     loss = _combine.reduce(static.reduction, loss, example)
     if not static.return_stats:
         return loss
-    return loss, _stats(spec, inputs, statistics.predicted, terms, coefficients)
+    return loss, stats(spec, inputs, statistics.predicted, terms, coefficients)
 
 
-def _stats(
+def stats(
     spec: Spec,
     inputs: Inputs,
     predicted: Any,
     terms: Terms,
     coefficients: Coefficients,
 ) -> Stats:
+    """Metrics of each example, not differentiated."""
     inputs, terms, coefficients = lax.stop_gradient((inputs, terms, coefficients))
     nll, penalty = terms.nll, jnp.zeros_like(terms.nll)
     if spec.dense and inputs.class_weights is not None:
@@ -411,7 +412,7 @@ def _stats(
     return Stats(terms.lse, nll, penalty, predicted, correct)
 
 
-def _counted(static: _Static, arrays: _Arrays) -> Bool[Array, "..."] | None:
+def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
     """Which examples count, or None for all of them."""
     spec, shape = static.spec, arrays.logits.shape
     batch = _checks.batch_shape(shape, spec.axes)
@@ -435,7 +436,7 @@ def _counted(static: _Static, arrays: _Arrays) -> Bool[Array, "..."] | None:
     )
 
 
-def _class_ids(
+def class_ids(
     spec: Spec, shape: tuple[int, ...], labels: Integer[Array, "..."]
 ) -> Integer[Array, "..."]:
     """The labels as int32, with -1 for one that is no class."""
@@ -447,7 +448,7 @@ def _class_ids(
     return jnp.where(valid, labels, jnp.full_like(labels, -1)).astype(jnp.int32)
 
 
-def _label_weights(
+def weights_of_labels(
     spec: Spec,
     class_weights: Float[Array, " V"],
     ids: Integer[Array, "..."],
@@ -475,5 +476,6 @@ def _along_classes(
     return class_weights.reshape(sizes).transpose(order).reshape(dims)
 
 
-def _optional(x: Any, dtype: Any) -> Array | None:
+def optional(x: Any, dtype: Any) -> Array | None:
+    """An array of the dtype, or None."""
     return None if x is None else jnp.asarray(x).astype(dtype)

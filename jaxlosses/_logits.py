@@ -57,7 +57,7 @@ def statistics(spec: Spec, inputs: Inputs, forward_mode: bool = False) -> Statis
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _reverse(spec: Spec, inputs: Inputs) -> Statistics:
     """Logit statistics with a reverse rule."""
-    return _evaluate(spec, inputs)
+    return evaluate(spec, inputs)
 
 
 def _reverse_fwd(spec: Spec, inputs: Inputs) -> tuple[Statistics, Residuals]:
@@ -78,7 +78,7 @@ _reverse.defvjp(_reverse_fwd, _reverse_bwd)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(spec: Spec, inputs: Inputs) -> Statistics:
     """Logit statistics with a forward rule, which can also be transposed."""
-    return _evaluate(spec, inputs)
+    return evaluate(spec, inputs)
 
 
 def _forward_jvp(
@@ -90,12 +90,9 @@ def _forward_jvp(
     # Checkpointed, so that reverse mode through the tangent keeps what the
     # custom_vjp keeps and rebuilds the probabilities.
     push = jax.checkpoint(_push, prevent_cse=False, static_argnums=(0,))
-    d = push(spec, inputs, kept, _differentiable(d_inputs))
-    d_predicted: Any = None
-    if result.predicted is not None:
-        d_predicted = np.zeros(result.predicted.shape, dtypes.float0)
-    d_peak = jnp.zeros_like(result.peak)
-    return result, Statistics(d_peak, d.spread, d.nll, d.smooth, d_predicted)
+    return result, tangents_of(
+        result, push(spec, inputs, kept, differentiable(d_inputs))
+    )
 
 
 # What is not differentiated must not become an array of zeros that is kept.
@@ -122,10 +119,19 @@ def _pullback(
     spec: Spec, inputs: Inputs, kept: Statistics, g: Cotangents, linear: bool = False
 ) -> Inputs:
     d = _statistics.pullback(spec, inputs, kept, g, linear=linear)
-    return Inputs(*(_summed_like(a, b) for a, b in zip(d, inputs, strict=True)))
+    return Inputs(*(summed_like(a, b) for a, b in zip(d, inputs, strict=True)))
 
 
-def _differentiable(d_inputs: Inputs) -> Inputs:
+def tangents_of(result: Statistics, d: Cotangents) -> Statistics:
+    """Tangents of all statistics from those of the differentiable ones."""
+    d_predicted: Any = None
+    if result.predicted is not None:
+        d_predicted = np.zeros(result.predicted.shape, dtypes.float0)
+    spread: Any = d.spread
+    return Statistics(jnp.zeros_like(result.peak), spread, d.nll, d.smooth, d_predicted)
+
+
+def differentiable(d_inputs: Any) -> Any:
     """The tangents, with None for what is not differentiated."""
     return jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,
@@ -134,22 +140,24 @@ def _differentiable(d_inputs: Inputs) -> Inputs:
     )
 
 
-def _summed_like(cotangent: Array | None, primal: Any) -> Any:
+def summed_like(cotangent: Array | None, primal: Any) -> Any:
     """Inside a `shard_map`, sums a cotangent over axes on which its primal is equal."""
     if cotangent is None:
         return None
-    axes = _varying_axes(cotangent) - _varying_axes(primal)
+    axes = varying_axes(cotangent) - varying_axes(primal)
     return lax.psum(cotangent, tuple(sorted(axes))) if axes else cotangent
 
 
-def _varying_axes(a: Array) -> frozenset[str]:
-    aval = jax.typeof(a)
+def varying_axes(a: Any) -> frozenset[str]:
+    """Mesh axes of a `shard_map` along which an array, or a shape, may differ."""
+    aval: Any = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
     # JAX 0.10 moved `vma` into the type of the manual axes.
     manual = getattr(aval, "manual_axis_type", None)
-    return aval.vma if manual is None else manual.varying
+    varying = getattr(aval, "vma", ()) if manual is None else manual.varying
+    return frozenset(varying or ())
 
 
-def _evaluate(spec: Spec, inputs: Inputs) -> Statistics:
+def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     """Chooses how the statistics are computed: the only place where that is done."""
     whole = functools.partial(_statistics.evaluate, spec)
     if not _may_block(spec, inputs):

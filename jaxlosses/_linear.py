@@ -1,0 +1,435 @@
+"""The public fused loss: check, plan, statistics in chunks, combine, reduce."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxlosses import (
+    _checks,
+    _chunked,
+    _combine,
+    _cross_entropy,
+    _logits,
+    _statistics,
+)
+from jaxlosses._chunked import Examples, Head, Operands, Plan, Product, Way
+from jaxlosses._combine import Coefficients, Example, Reduction, Stats, Terms
+from jaxlosses._cross_entropy import Arrays, Static
+from jaxlosses._statistics import Inputs, Spec, Statistics
+
+Strategy = Literal["auto", "tokens", "recompute", "vocab", "dense"]
+
+# Measured: see benchmarks/NOTES.md.
+_CPU_WORKSPACE = 2**25
+_WORKSPACE = 2**30
+# Chunks of fewer examples spend their time on reading the kernel.
+_FEW_EXAMPLES = 64
+
+
+@_checks.has_own_messages
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    kernel_layout: Literal["dv", "vd"] = "dv",
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    strategy: Strategy = "auto",
+    workspace_bytes: int | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: float | Array = 0.0,
+    z_loss: float | Array = 0.0,
+    logit_softcap: float | None = None,
+    logit_scale: float | Array = 1.0,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "none",
+    axis_name: str | tuple[str, ...] | None = None,
+    forward_mode: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    """Softmax cross-entropy of `hidden @ kernel + bias`, without holding the logits.
+
+    The loss is that of `softmax_cross_entropy_with_integer_labels` on the logits
+    `z = hidden @ kernel + bias`, which are computed in pieces: memory grows with
+    `workspace_bytes`, not with examples times classes.
+
+    Args:
+        hidden: `B... D`, float16, bfloat16, float32 or float64: features of each
+            example.
+        kernel: of the same dtypes, `D V` or, with `kernel_layout="vd"`, `V D`.
+        labels: `B...`, any integer dtype: class ids from 0 to `V - 1`. Or `B... V`,
+            floating: a distribution over classes, with `strategy` `"dense"` or
+            `"auto"` only.
+        bias: shape `(V,)`, floating, or None.
+        kernel_layout: `"dv"` for the kernel of a dense layer, `"vd"` for an embedding
+            table that is tied to the output. Neither is transposed in memory.
+        where: bool of shape `(V,)`: the classes that exist.
+        ignore_index: an int or None: an example with this label does not count. Its
+            loss and gradient are exactly 0, even if its features are NaN.
+        strategy: how to go through the logits.
+            `"tokens"`: chunks of examples, the gradient formed in the forward pass;
+            three matmuls for value and gradient. Needs `reduction` `"sum"` or
+            `"mean"`. Under `jax.checkpoint` the pass runs again.
+            `"recompute"`: chunks of examples, whose logits the backward pass computes
+            again; four matmuls, any reduction.
+            `"vocab"`: chunks of classes; four matmuls, any reduction, the smallest
+            memory for very many classes.
+            `"dense"`: all logits at once; three matmuls.
+            `"auto"`: `"dense"` if all logits fit the workspace or labels are
+            distributions; `"vocab"` if the logits of 64 examples do not; else
+            `"tokens"` for a sum or a mean, and `"recompute"` otherwise or with
+            `forward_mode`.
+        workspace_bytes: bounds what is held at once beyond the arguments, the result
+            and the accumulators of the gradients (float32, of the shapes of `hidden`
+            and `kernel`), as far as one example or one class fits. None takes 32 MiB
+            on a CPU and 1 GiB elsewhere.
+        class_weights: shape `(V,)`, floating. Multiplies the loss by the weight of the
+            label's class; smoothing spreads the weights.
+        label_smoothing: `α` in `[0, 1)`, a number or a traced scalar: the label
+            becomes `(1 - α) q + α / V` over the classes that exist, each class
+            weighted by its class weight.
+        z_loss: a number of 0 or more, or a traced scalar: adds `z_loss * lse**2` to
+            each example, not class-weighted.
+        logit_softcap: a number `c > 0` or None: `z <- c tanh(z / c)`, before anything
+            else.
+        logit_scale: a number or a traced scalar: `z <- logit_scale * z` after the
+            cap, an inverse temperature.
+        weights: shape `B...`, floating: multiplies each example's loss and enters the
+            denominator of the mean. An example of weight 0 is left out, as one with
+            `ignore_index` is: the derivative by its weight is 0.
+        reduction: `"none"`, `"sum"`, or `"mean"`: `sum(weighted loss) / sum(weights)`
+            over the examples that count;
+            with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch. With nothing
+            to count the mean is 0 and its gradient 0.
+        axis_name: inside `shard_map`, the mesh axis or axes over which the classes
+            are split; labels are global ids; `kernel`, `bias`, `class_weights` and
+            `where` are the local part.
+        forward_mode: register the same value and gradient so that `jax.jvp`,
+            `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
+        return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
+            of shape `B...`: metrics from the same pass, not differentiated.
+
+    Returns:
+        The loss in nats: `B...`, or a scalar if reduced; float64 if hidden or kernel
+        are, else float32. With `return_stats`, the pair `(loss, Stats)`.
+
+        The matmuls run in the dtype to which hidden and kernel promote (cast a
+        float32 kernel to bfloat16 for bfloat16 matmuls), accumulate in float32, and
+        the loss is computed from those float32 logits. The gradients accumulate in
+        float32, too, and are rounded once to the dtype of their argument.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape or range, or a strategy cannot do
+            what is asked for. Both name the argument, what came, what was expected,
+            and the fix, at trace time.
+
+        Labels that cannot be and logits that are not finite: as in
+        `softmax_cross_entropy_with_integer_labels`.
+
+    Differentiation:
+        Reverse mode. Gradients by `hidden`, `kernel`, `bias`, `class_weights`,
+        `weights`, `logit_scale`, `label_smoothing` and `z_loss`; those that are not
+        asked for are not computed: a frozen kernel costs no matmul. Second
+        derivatives, `vmap`, `scan` and `jax.checkpoint` work as they are; forward
+        mode needs `forward_mode=True`.
+
+        Examples that do not count cost nothing in `"tokens"` and `"recompute"` on one
+        device and inside `shard_map`: those that count are moved to the front, and
+        chunks without any are skipped at run time.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> hidden, embedding = jnp.eye(2, 4), jnp.eye(3, 4)
+        >>> labels = jnp.array([0, 2])
+        >>> loss = jl.linear_softmax_cross_entropy(
+        ...     hidden, embedding, labels, kernel_layout="vd", reduction="mean"
+        ... )
+        >>> print(f"{loss:.4f}")
+        1.0514
+
+    Source:
+        Wijmans et al. 2025, *Cut Your Losses in Large-Vocabulary Language Models*
+        (arXiv:2411.09009), for the classes in chunks; Hsu et al. 2024, *Liger Kernel*
+        (arXiv:2410.10989), for the gradient in the forward pass.
+    """
+    hidden = _checks.hidden(hidden)
+    batch, features = hidden.shape[:-1], hidden.shape[-1]
+    kernel = _checks.kernel(kernel, kernel_layout, features)
+    classes = _chunked.num_classes(kernel_layout, kernel)
+    shape, axes = (*batch, classes), (len(batch),)
+    dense = _checks.is_distribution(labels)
+    if dense:
+        labels = _checks.dense_labels(labels, shape, axes)
+        _checks.no_ignore_index(ignore_index)
+    else:
+        labels = _checks.integer_labels(labels, shape, axes)
+    arrays = _Arrays(
+        Head(hidden, kernel, _checks.bias(bias, classes)),
+        labels,
+        _checks.class_mask(where, classes),
+        _checks.class_weights(class_weights, classes),
+        _checks.weights(weights, batch),
+        _checks.label_smoothing(label_smoothing),
+        _checks.z_loss(z_loss),
+        _checks.logit_scale(logit_scale),
+    )
+    return_stats = _checks.flag("return_stats", return_stats)
+    spec = Spec(
+        axes=axes,
+        dense=dense,
+        softcap=_checks.logit_softcap(logit_softcap),
+        smooth=arrays.label_smoothing is not None,
+        lse=arrays.z_loss is not None,
+        predicted=return_stats,
+        axis_name=_checks.axis_name(axis_name),
+    )
+    on_logits = Static(
+        spec,
+        _checks.ignore_index(ignore_index),
+        _checks.reduction(reduction),
+        _checks.flag("forward_mode", forward_mode),
+        return_stats,
+    )
+    asked = _checks.strategy(strategy)
+    _checks.suits(asked, on_logits.reduction, dense, on_logits.forward_mode)
+    workspace = _checks.workspace_bytes(workspace_bytes)
+    chosen, plan = _plan(on_logits, arrays.head, kernel_layout, asked, workspace)
+    return _loss(_Fused(on_logits, chosen, plan), arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fused:
+    """Everything that a compiled loss is specialised for."""
+
+    on_logits: Static
+    strategy: str
+    plan: Plan
+
+
+class _Arrays(NamedTuple):
+    """Everything that may change from call to call without a new compilation."""
+
+    head: Head
+    labels: Array
+    where: Bool[Array, " V"] | None
+    class_weights: Float[Array, " V"] | None
+    weights: Float[Array, "*B"] | None
+    label_smoothing: float | Array | None
+    z_loss: float | Array | None
+    logit_scale: float | Array | None
+
+
+def _plan(
+    static: Static, head: Head, layout: Any, strategy: str, workspace: int | None
+) -> tuple[str, Plan]:
+    """The strategy and the number of its chunks."""
+    *batch, _ = head.hidden.shape
+    examples, classes = math.prod(batch), _chunked.num_classes(layout, head.kernel)
+    if workspace is None:
+        on_cpu = jax.default_backend() == "cpu"
+        workspace = _CPU_WORKSPACE if on_cpu else _WORKSPACE
+    dtype = _chunked.compute_dtype(head)
+    # Logits and their cotangent, and that once more in the compute dtype.
+    entry = 2 * _statistics.accumulation_dtype(dtype).itemsize
+    entry += dtype.itemsize if dtype.itemsize < 4 else 0
+    if strategy == "auto":
+        if static.spec.dense or examples * classes * entry <= workspace:
+            strategy = "dense"
+        elif _FEW_EXAMPLES * classes * entry > workspace:
+            strategy = "vocab"
+        elif static.reduction != "none" and not static.forward_mode:
+            strategy = "tokens"
+        else:
+            strategy = "recompute"
+    if examples * classes == 0:
+        strategy = "dense"
+
+    def chunks(pieces: int) -> int:
+        return max(1, min(pieces, -(-examples * classes * entry // workspace)))
+
+    local = _is_local()
+    # Flattened examples have one axis; where they may be split over devices, the
+    # longest one is cut and the others stay.
+    axis = 0 if local or not batch else batch.index(max(batch))
+    if strategy in ("dense", "vocab"):
+        return strategy, Plan(layout, chunks(classes))
+    pieces = examples if local or not batch else batch[axis]
+    return strategy, Plan(layout, chunks(pieces), axis, not local, local)
+
+
+def _is_local() -> bool:
+    """Whether the arrays are on one device, as far as a trace can know."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 if mesh.empty else mesh.are_all_axes_manual
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(static: _Fused, arrays: _Arrays) -> Any:
+    if static.strategy == "dense":
+        return _on_logits(static, arrays)
+    batch = arrays.labels.shape
+    if not batch or static.plan.compact:
+        arrays = _flattened(arrays)
+        static = _of_rank(static, 1)
+    loss, stats = _in_chunks(static, arrays)
+    if stats is not None:
+        stats = jax.tree.map(lambda a: a.reshape(batch), stats)
+    if static.on_logits.reduction == "none":
+        loss = loss.reshape(batch)
+    return loss if stats is None else (loss, stats)
+
+
+def _on_logits(static: _Fused, arrays: _Arrays) -> Any:
+    """The loss on all logits at once."""
+    on_logits = static.on_logits
+    rule = _chunked.project if on_logits.forward_mode else _chunked.logits
+    where = arrays.where
+    if where is not None:
+        where = where.reshape((1,) * (arrays.head.hidden.ndim - 1) + (-1,))
+    return _cross_entropy.loss_on_logits(
+        on_logits,
+        Arrays(
+            rule(static.plan.layout, arrays.head),
+            arrays.labels,
+            where,
+            None if arrays.weights is None else arrays.weights != 0,
+            arrays.class_weights,
+            arrays.weights,
+            arrays.label_smoothing,
+            arrays.z_loss,
+            arrays.logit_scale,
+        ),
+    )
+
+
+def _flattened(arrays: _Arrays) -> _Arrays:
+    """The same with one batch axis."""
+    hidden = arrays.head.hidden
+    weights = arrays.weights
+    return arrays._replace(
+        head=arrays.head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
+        labels=arrays.labels.ravel(),
+        weights=None if weights is None else weights.ravel(),
+    )
+
+
+def _of_rank(static: _Fused, rank: int) -> _Fused:
+    spec = dataclasses.replace(static.on_logits.spec, axes=(rank,))
+    return dataclasses.replace(
+        static, on_logits=dataclasses.replace(static.on_logits, spec=spec)
+    )
+
+
+def _in_chunks(static: _Fused, arrays: _Arrays) -> tuple[Array, Stats | None]:
+    on_logits, spec = static.on_logits, static.on_logits.spec
+    head = arrays.head
+    dtype = _statistics.accumulation_dtype(_chunked.compute_dtype(head))
+    classes = _chunked.num_classes(static.plan.layout, head.kernel)
+    labels = arrays.labels
+    ids = _cross_entropy.class_ids(spec, (*labels.shape, classes), labels)
+    label_weights = None
+    if arrays.class_weights is not None:
+        label_weights = _cross_entropy.weights_of_labels(
+            spec, arrays.class_weights, ids, dtype
+        )
+    if arrays.where is not None:
+        found = _cross_entropy.weights_of_labels(
+            spec, arrays.where.astype(dtype), ids, dtype
+        )
+        ids = jnp.where(found > 0, ids, -1)
+    counted = _counted(static, arrays)
+    weights = _cross_entropy.optional(arrays.weights, dtype)
+    example = Example(counted, label_weights, weights)
+    coefficients = Coefficients(
+        _cross_entropy.optional(arrays.label_smoothing, dtype),
+        _cross_entropy.optional(arrays.z_loss, dtype),
+    )
+    scale = _cross_entropy.optional(arrays.logit_scale, dtype)
+    class_weights = arrays.class_weights if spec.smooth else None
+    examples = Examples(ids, counted)
+
+    if static.strategy == "tokens":
+        operands = Operands(
+            head,
+            (class_weights, scale, coefficients),
+            (label_weights, weights),
+            examples,
+            arrays.where,
+        )
+        loss_of = functools.partial(_loss_of_chunk, on_logits)
+        total, stats = _chunked.summed(static.plan, loss_of, operands)
+        if on_logits.reduction == "mean":
+            mass = _combine.denominator(jnp.zeros(ids.shape, dtype), example)
+            total = _combine.mean_of(total, mass)
+        return total, stats
+
+    product = Product(head, class_weights, scale, examples, arrays.where)
+    way = Way(static.plan, static.strategy == "vocab", spec)
+    statistics = _chunked.statistics(way, product, on_logits.forward_mode)
+    inputs = _chunked.inputs_of(spec, None, product)
+    statistics = jax.tree.map(lambda a: a[..., None], statistics)
+    loss, stats = _per_example(on_logits, statistics, inputs, coefficients, example)
+    return _combine.reduce(on_logits.reduction, loss, example), stats
+
+
+def _loss_of_chunk(
+    static: Static, z: Array, shared: Any, rows: Any, examples: Examples, exists: Any
+) -> tuple[Array, Stats | None]:
+    """Loss of each example of a chunk, from its logits."""
+    class_weights, scale, coefficients = shared
+    product = Product(Head(None, None, None), class_weights, scale, examples, exists)
+    inputs = _chunked.inputs_of(static.spec, z, product)
+    statistics = _logits.statistics(static.spec, inputs)
+    example = Example(examples.counted, *rows)
+    return _per_example(static, statistics, inputs, coefficients, example)
+
+
+def _per_example(
+    static: Static,
+    statistics: Statistics,
+    inputs: Inputs,
+    coefficients: Coefficients,
+    example: Example,
+) -> tuple[Array, Stats | None]:
+    """Loss of each example, and its metrics if they are wanted."""
+    terms = jax.tree.map(
+        lambda a: jnp.squeeze(a, -1),
+        Terms(_statistics.lse(inputs, statistics), statistics.nll, statistics.smooth),
+    )
+    loss = _combine.per_example(coefficients, terms, example)
+    if not static.return_stats:
+        return loss, None
+    return loss, _cross_entropy.stats(
+        static.spec, inputs, statistics.predicted, terms, coefficients
+    )
+
+
+def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
+    """Which examples count, or None for all of them."""
+    labels, ignored = arrays.labels, static.on_logits.ignore_index
+    masks = []
+    if ignored is not None:
+        # A value that the labels' dtype cannot hold is no label.
+        info = jnp.iinfo(labels.dtype)
+        if info.min <= ignored <= info.max:
+            masks.append(labels != ignored)
+    if arrays.weights is not None:
+        masks.append(arrays.weights != 0)
+    if arrays.where is not None:
+        spec = dataclasses.replace(static.on_logits.spec, axes=(0,))
+        masks.append(_statistics.any_class(spec, arrays.where)[0])
+    if not masks:
+        return None
+    return functools.reduce(
+        jnp.logical_and, [jnp.broadcast_to(mask, labels.shape) for mask in masks]
+    )
