@@ -65,6 +65,9 @@ class Plan:
             them; a strided one, on all.
         compact: examples that count are moved to the front, and chunks without any
             are skipped at run time.
+        kernel_pieces: in how many pieces of classes a chunk of examples adds to the
+            gradient of the kernel. Where a matmul cannot add to what is there, its
+            result is as large as the kernel.
     """
 
     layout: Layout
@@ -72,6 +75,7 @@ class Plan:
     axis: int = 0
     strided: bool = False
     compact: bool = False
+    kernel_pieces: int = 1
 
 
 def compute_dtype(head: Head) -> Any:
@@ -131,6 +135,41 @@ def _pull(
     if by_bias and head.bias is not None:
         d_bias = jnp.sum(d_logits, batch)
     return Head(d_hidden, d_kernel, d_bias)
+
+
+def _add(
+    plan: Plan,
+    sums: Head,
+    head: Head,
+    d_logits: Array,
+    wanted: tuple[bool, bool, bool],
+) -> Head:
+    """The cotangent of the hidden states, and the sums with those of the others."""
+    by_hidden, by_kernel, by_bias = wanted
+    in_pieces = by_kernel and plan.kernel_pieces > 1
+    once = (by_hidden, by_kernel and not in_pieces, by_bias)
+    here = _pull(plan.layout, head, d_logits, once)
+    d_bias = jax.tree.map(jnp.add, sums.bias, here.bias)
+    if not in_pieces:
+        d_kernel = jax.tree.map(jnp.add, sums.kernel, here.kernel)
+        return Head(here.hidden, d_kernel, d_bias)
+
+    classes = d_logits.shape[-1]
+    size = -(-classes // plan.kernel_pieces)
+    axis = 1 if plan.layout == "dv" else 0
+
+    def body(d_kernel: Array, i: Array) -> tuple[Array, None]:
+        start = jnp.minimum(i * size, classes - size)
+        d_piece = _take(d_logits, start, size, d_logits.ndim - 1)
+        if classes % size:  # the last piece overlaps the one before it
+            fresh = start + jnp.arange(size) >= i * size
+            d_piece = jnp.where(jnp.broadcast_to(fresh, d_piece.shape), d_piece, 0)
+        d = _pull(plan.layout, head, d_piece, (False, True, False)).kernel
+        so_far = lax.dynamic_slice_in_dim(d_kernel, start, size, axis)
+        return lax.dynamic_update_slice_in_dim(d_kernel, so_far + d, start, axis), None
+
+    d_kernel, _ = _scan(body, sums.kernel, jnp.arange(plan.kernel_pieces))
+    return Head(here.hidden, d_kernel, d_bias)
 
 
 def _dot(
@@ -248,11 +287,8 @@ def _sum_and_gradient(
         d_z, d_shared_here, d_row = pull(jnp.ones_like(value))
         d_hidden = None
         if d_z is not None:
-            d = _pull(plan.layout, own, d_z, want_head)
-            d_hidden = d.hidden
-            d_kernel, d_bias = jax.tree.map(
-                jnp.add, (d_kernel, d_bias), (d.kernel, d.bias)
-            )
+            sums = Head(None, d_kernel, d_bias)
+            d_hidden, d_kernel, d_bias = _add(plan, sums, own, d_z, want_head)
         d_shared = jax.tree.map(jnp.add, d_shared, d_shared_here)
         return (total + value, d_kernel, d_bias, d_shared), (keep, d_hidden, d_row)
 
@@ -443,6 +479,8 @@ def _pull_examples(
     """Cotangents by chunks of examples, whose logits are computed again."""
     head, layout = product.head, way.plan.layout
     want_head = _flags(wanted.head)
+    # Without smoothing, no statistic depends on class weights.
+    want_class_weights = bool(wanted.class_weights) and way.spec.smooth
     cut = _Cut(way.plan, product.examples)
     acc = _statistics.accumulation_dtype(compute_dtype(head))
 
@@ -458,26 +496,22 @@ def _pull_examples(
             _expanded(way.spec, g),
             linear=linear,
         )
-        d_head = _pull(layout, own, d.logits, want_head)
-        d_class_weights = None
-        if wanted.class_weights and d.class_weights is not None:
-            d_class_weights = d.class_weights.ravel()
-        here = (
-            d_head.kernel,
-            d_head.bias,
-            d_class_weights,
-            d.scale if wanted.scale else None,
+        d_kernel, d_bias, *d_others = carry
+        d_hidden, d_kernel, d_bias = _add(
+            way.plan, Head(None, d_kernel, d_bias), own, d.logits, want_head
         )
-        return jax.tree.map(jnp.add, carry, here), d_head.hidden
+        here = [
+            _raveled(d.class_weights) if want_class_weights else None,
+            d.scale if wanted.scale else None,
+        ]
+        d_others = jax.tree.map(jnp.add, d_others, here)
+        return (d_kernel, d_bias, *d_others), d_hidden
 
     zeros: Any = functools.partial(jnp.zeros_like, dtype=acc)
     start = (
         zeros(head.kernel) if want_head[1] else None,
         zeros(head.bias) if want_head[2] else None,
-        # Without smoothing, no statistic depends on class weights.
-        zeros(product.class_weights)
-        if wanted.class_weights and way.spec.smooth
-        else None,
+        zeros(product.class_weights) if want_class_weights else None,
         zeros(product.scale) if wanted.scale else None,
     )
     chunks = (cut.split(head.hidden), cut.examples, cut.split(kept), cut.split(g))

@@ -29,6 +29,8 @@ _CPU_WORKSPACE = 2**25
 _WORKSPACE = 2**30
 # Chunks of fewer examples spend their time on reading the kernel.
 _FEW_EXAMPLES = 64
+# A piece of the kernel's gradient takes this part of the workspace.
+_PIECES = 8
 
 
 @_checks.has_own_messages
@@ -239,13 +241,15 @@ def _plan(
         on_cpu = jax.default_backend() == "cpu"
         workspace = _CPU_WORKSPACE if on_cpu else _WORKSPACE
     dtype = _chunked.compute_dtype(head)
-    # Logits and their cotangent, and that once more in the compute dtype.
-    entry = 2 * _statistics.accumulation_dtype(dtype).itemsize
+    # Logits, which their cotangent replaces, and that in the compute dtype; a quarter
+    # is left for what else a chunk needs.
+    entry = _statistics.accumulation_dtype(dtype).itemsize
     entry += dtype.itemsize if dtype.itemsize < 4 else 0
+    held = examples * classes * entry * 4 // 3
     if strategy == "auto":
-        if static.spec.dense or examples * classes * entry <= workspace:
+        if static.spec.dense or held <= workspace:
             strategy = "dense"
-        elif _FEW_EXAMPLES * classes * entry > workspace:
+        elif _FEW_EXAMPLES * held > workspace * examples:
             strategy = "vocab"
         elif static.reduction != "none" and not static.forward_mode:
             strategy = "tokens"
@@ -254,17 +258,21 @@ def _plan(
     if examples * classes == 0:
         strategy = "dense"
 
-    def chunks(pieces: int) -> int:
-        return max(1, min(pieces, -(-examples * classes * entry // workspace)))
+    def chunks(pieces: int, times: int = 1) -> int:
+        return max(1, min(pieces, -(-times * held // workspace)))
 
     local = _is_local()
     # Flattened examples have one axis; where they may be split over devices, the
     # longest one is cut and the others stay.
     axis = 0 if local or not batch else batch.index(max(batch))
-    if strategy in ("dense", "vocab"):
-        return strategy, Plan(layout, chunks(classes))
+    if strategy in ("dense", "vocab"):  # a piece keeps its logits beside the cotangent
+        return strategy, Plan(layout, chunks(classes, 2))
     pieces = examples if local or not batch else batch[axis]
-    return strategy, Plan(layout, chunks(pieces), axis, not local, local)
+    kernel_pieces = 1
+    if jax.default_backend() == "cpu":
+        accumulator = head.kernel.size * _statistics.accumulation_dtype(dtype).itemsize
+        kernel_pieces = max(1, min(classes, -(-_PIECES * accumulator // workspace)))
+    return strategy, Plan(layout, chunks(pieces), axis, not local, local, kernel_pieces)
 
 
 def _is_local() -> bool:
