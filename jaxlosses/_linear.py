@@ -58,9 +58,14 @@ def linear_softmax_cross_entropy(
 ) -> Any:
     """Softmax cross-entropy of `hidden @ kernel + bias`, without holding the logits.
 
-    The loss is that of `softmax_cross_entropy_with_integer_labels` on the logits
-    `z = hidden @ kernel + bias`, which are computed in pieces: memory grows with
-    `workspace_bytes`, not with examples times classes.
+    For each example with label `y`, class weights `w` and smoothing `α`:
+
+        z = hidden @ kernel + bias
+        loss = (1 - α) w_y (lse - z_y) + α / V Σ_j w_j (lse - z_j)
+
+    with `lse = log Σ_j exp z_j`. It is the loss of
+    `softmax_cross_entropy_with_integer_labels` on the logits `z`, which are computed
+    in pieces: memory grows with `workspace_bytes`, not with examples times classes.
 
     Args:
         hidden: `B... D`, float16, bfloat16, float32 or float64: features of each
@@ -85,8 +90,9 @@ def linear_softmax_cross_entropy(
             memory for very many classes.
             `"dense"`: all logits at once; three matmuls.
             `"auto"`: `"dense"` if all logits fit the workspace or labels are
-            distributions; `"vocab"` if the logits of 64 examples do not; else
-            `"tokens"` for a sum or a mean, and `"recompute"` otherwise or with
+            distributions; `"vocab"` if the logits of 64 examples do not (on one
+            device and inside `shard_map`: elsewhere its slices of a kernel that is
+            split over devices would be gathered); else `"tokens"` for a sum or a mean, and `"recompute"` otherwise or with
             `forward_mode`.
         workspace_bytes: bounds what is held at once beyond the arguments, the result
             and the accumulators of the gradients (float32, of the shapes of `hidden`
@@ -240,6 +246,7 @@ def _plan(
     if workspace is None:
         on_cpu = jax.default_backend() == "cpu"
         workspace = _CPU_WORKSPACE if on_cpu else _WORKSPACE
+    local = _is_local()
     dtype = _chunked.compute_dtype(head)
     # Logits, which their cotangent replaces, and that in the compute dtype; a quarter
     # is left for what else a chunk needs.
@@ -249,7 +256,7 @@ def _plan(
     if strategy == "auto":
         if static.spec.dense or held <= workspace:
             strategy = "dense"
-        elif _FEW_EXAMPLES * held > workspace * examples:
+        elif local and _FEW_EXAMPLES * held > workspace * examples:
             strategy = "vocab"
         elif static.reduction != "none" and not static.forward_mode:
             strategy = "tokens"
@@ -261,7 +268,6 @@ def _plan(
     def chunks(pieces: int, times: int = 1) -> int:
         return max(1, min(pieces, -(-times * held // workspace)))
 
-    local = _is_local()
     # Flattened examples have one axis; where they may be split over devices, the
     # longest one is cut and the others stay.
     axis = 0 if local or not batch else batch.index(max(batch))
@@ -269,7 +275,7 @@ def _plan(
         return strategy, Plan(layout, chunks(classes, 2))
     pieces = examples if local or not batch else batch[axis]
     kernel_pieces = 1
-    if jax.default_backend() == "cpu":
+    if local and jax.default_backend() == "cpu":
         accumulator = head.kernel.size * _statistics.accumulation_dtype(dtype).itemsize
         kernel_pieces = max(1, min(classes, -(-_PIECES * accumulator // workspace)))
     return strategy, Plan(layout, chunks(pieces), axis, not local, local, kernel_pieces)
