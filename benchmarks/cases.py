@@ -10,6 +10,7 @@ import numpy as np
 FORWARD = "forward"
 VALUE_AND_GRADIENT = "value-and-gradient"
 STEP = "step"
+FUSED = "fused"
 # Ceilings of the device: nothing is compared with them in their own case.
 COPY = "copy"
 MATMUL = "matmul"
@@ -41,7 +42,8 @@ class Case:
         dtype: of logits, and of hidden states and kernel in a step.
         inputs: a key of `INPUTS`.
         what: `FORWARD` returns one loss per row, `VALUE_AND_GRADIENT` is of their
-            mean, `STEP` has the logits come from a matmul and updates both factors.
+            mean, `STEP` has the logits come from a matmul and updates both factors,
+            `FUSED` is value and gradient of the mean by both factors.
         features: inner size of that matmul, so small that it does not dominate.
     """
 
@@ -159,7 +161,12 @@ def _cpu() -> Iterator[Case]:
 def _gpu() -> Iterator[Case]:
     yield Case("1 GiB", 16384, 16384, "float32", "random", COPY)
     yield Case("square", 8192, 8192, "bfloat16", "random", MATMUL)
-    # The fused linear loss goes here, before the loss on given logits: issue 4.
+    for head in (
+        ("Llama-3", 8192, 128256, 4096),
+        ("Gemma-2", 8192, 256000, 2304),
+        ("Llama-2", 16384, 32000, 4096),
+    ):
+        yield _fused(*head, "bfloat16")
     shapes = (
         ("Llama-2", 32768, 32000),
         ("GPT-2", 8192, 50257),
@@ -171,6 +178,25 @@ def _gpu() -> Iterator[Case]:
                 yield Case(*shape, dtype, "random", what)
     for shape in shapes:
         yield Case(*shape, "float32", "confident", FORWARD)
+
+
+def _fused(model: str, batch: int, classes: int, features: int, dtype: str) -> Case:
+    return Case(model, batch, classes, dtype, "random", FUSED, features)
+
+
+# Along V the batch is fixed, along B the classes are.
+FUSED_BATCH, FUSED_CLASSES, FUSED_FEATURES = 1024, 32768, 128
+
+
+def _linear() -> Iterator[Case]:
+    for dtype in _DTYPES:
+        yield _fused("Llama-2", 1024, 32000, 512, dtype)
+        yield _fused("GPT-2", 2048, 50257, 512, dtype)
+        yield _fused("Llama-3", 4096, 128256, 256, dtype)
+    for power in range(13, 18):
+        yield _fused("V", FUSED_BATCH, 2**power, FUSED_FEATURES, "float32")
+    for power in range(8, 13):
+        yield _fused("B", 2**power, FUSED_CLASSES, FUSED_FEATURES, "float32")
 
 
 GROWTH_BATCH, GROWTH_CLASSES = 256, 8192
@@ -190,6 +216,7 @@ def _quick() -> Iterator[Case]:
     yield Case(*shape, "float32", "confident", FORWARD)
     yield Case(*shape, "bfloat16", "random", VALUE_AND_GRADIENT)
     yield Case(*shape, "float32", "random", STEP, features=4)
+    yield Case(*shape, "float32", "random", FUSED, features=4)
 
 
 PRESETS = {
@@ -201,10 +228,13 @@ PRESETS = {
     ),
     "gpu": Preset(
         tuple(_gpu()),
-        ("optax", "jax.nn", "torch", "torch.compile"),
+        ("optax", "jax.nn", "torch", "torch.compile", "tokamax", "jax-cce"),
         "gpu",
         budget=4.0,
         time_limit=510.0,
+    ),
+    "linear": Preset(
+        tuple(_linear()), ("optax", "tokamax", "jax-cce"), "cpu", budget=15.0
     ),
     "growth": Preset(tuple(_growth()), ("optax",), "cpu", budget=1.5),
     "quick": Preset(tuple(_quick()), ("optax",), "cpu", budget=0.1),

@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.cases import (
     COPY,
     FORWARD,
+    FUSED,
     MATMUL,
     OURS,
     STEP,
@@ -31,6 +32,7 @@ from benchmarks.cases import (
 )
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Fused = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Inputs = list[tuple[jax.Array, jax.Array]]
 
 _LEARNING_RATE = 1e-3
@@ -91,8 +93,59 @@ _LOSSES: dict[str, Callable[[], Loss]] = {
     "optax": _optax,
     "jax.nn": _jax_nn,
 }
+
+
+# One function per contestant: `(hidden, kernel, labels)` to the mean loss.
+
+
+def _fused(strategy: str) -> Callable[[], Fused]:
+    def load() -> Fused:
+        import jaxlosses
+
+        return functools.partial(
+            jaxlosses.linear_softmax_cross_entropy, strategy=strategy, reduction="mean"
+        )
+
+    return load
+
+
+def _materialised() -> Fused:
+    loss = _optax()
+    return lambda hidden, kernel, labels: loss(hidden @ kernel, labels).mean()
+
+
+def _tokamax() -> Fused:
+    import tokamax
+
+    def fused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return tokamax.linear_softmax_cross_entropy_loss(
+            hidden, labels, kernel, reduction="mean"
+        )
+
+    return fused
+
+
+def _jax_cce() -> Fused:
+    import jax_cce
+
+    def fused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return jax_cce.linear_cross_entropy(hidden, kernel.T, labels)
+
+    return fused
+
+
+_FUSED: dict[str, Callable[[], Fused]] = {
+    OURS: _fused("auto"),
+    **{f"{OURS} {s}": _fused(s) for s in ("tokens", "recompute", "vocab")},
+    "optax": _materialised,
+    "tokamax": _tokamax,
+    "jax-cce": _jax_cce,
+}
 _WORKERS = ("torch", "torch.compile", "tensorflow")
-PEERS = (*(name for name in _LOSSES if name != OURS), *_WORKERS)
+PEERS = (
+    *dict.fromkeys(n for n in (*_LOSSES, *_FUSED) if not n.startswith(OURS)),
+    *_WORKERS,
+)
 
 
 def _half_square(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -106,6 +159,7 @@ def _floor(case: Case) -> tuple[str, Callable[..., Any]]:
         FORWARD: ("max", lambda z, y: z.max(axis=-1)),
         VALUE_AND_GRADIENT: ("x + 1", lambda z, y: z + 1),
         STEP: ("matmuls", _step(_half_square)),
+        FUSED: ("matmuls", _gradients(_half_square_mean)),
         COPY: ("x + 1", lambda z, y: z + 1),
         MATMUL: ("x @ x", lambda z, y: z @ z),
     }[case.what]
@@ -133,10 +187,20 @@ def _step(loss: Loss) -> Callable[..., Any]:
     return step
 
 
-class _Compiled:
-    """A JAX function of logits and labels."""
+def _half_square_mean(
+    hidden: jax.Array, kernel: jax.Array, labels: jax.Array
+) -> jax.Array:
+    return _half_square(hidden @ kernel, labels).mean()
 
-    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
+
+def _gradients(fused: Fused) -> Callable[..., Any]:
+    return jax.value_and_grad(fused, argnums=(0, 1))
+
+
+class _Compiled:
+    """A JAX function of logits and labels, or of their factors and labels."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
         self._function = jax.jit(function).lower(*inputs[0]).compile()
         self.temp_bytes = _temp_bytes(self._function)
         self._inputs = inputs
@@ -152,7 +216,10 @@ class _Compiled:
         return 1e3 * elapsed / calls
 
     def losses(self) -> np.ndarray:
-        return np.asarray(self._function(*self._inputs[0]), np.float64)
+        result = self._function(*self._inputs[0])
+        # With gradients, the value is the mean.
+        value = result[0] if isinstance(result, tuple) else result
+        return np.asarray(value, np.float64)
 
 
 class _CompiledStep:
@@ -247,17 +314,21 @@ class Peers:
         self, names: Iterable[str], pythons: dict[str, str], device: str, threads: int
     ) -> None:
         self._losses: dict[str, Loss] = {}
+        self._fused: dict[str, Fused] = {}
         self._workers: dict[str, Worker] = {}
         self.absent: dict[str, str] = {}
         self.versions = _versions()
-        for name in (OURS, *names):
+        ours = (name for name in _FUSED if name.startswith(OURS))
+        for name in (*ours, *names):
             try:
+                if name in _FUSED:
+                    self._fused[name] = _FUSED[name]()
                 if name in _WORKERS:
                     python = pythons[name.partition(".")[0]]
                     worker = Worker(name, python, device, threads)
                     self._workers[name] = worker
                     self.versions |= worker.about
-                else:
+                elif name in _LOSSES:
                     self._losses[name] = _LOSSES[name]()
             except (ImportError, OSError, PeerError) as error:
                 self.absent[name] = first_line(error)
@@ -268,13 +339,18 @@ class Peers:
         """Contestants, which of them is the floor, and who failed and why."""
         floor, least = _floor(case)
         functions: dict[str, Callable[..., Any]] = {}
-        if case.what not in (COPY, MATMUL):
+        if case.what == FUSED:
+            functions = {k: _gradients(fused) for k, fused in self._fused.items()}
+        elif case.what not in (COPY, MATMUL):
             functions = {k: _measured(case, loss) for k, loss in self._losses.items()}
         functions[floor] = least
         make: Callable[..., Contestant]
         if case.what == STEP:
             factors, labels = _load_factors(case)
             make = functools.partial(_CompiledStep, factors=factors, labels=labels)
+        elif case.what == FUSED:
+            factors, labels = _load_factors(case)
+            make = functools.partial(_Compiled, inputs=[(*factors, labels)])
         else:
             make = functools.partial(_Compiled, inputs=_load(case))
         starts: dict[str, Callable[[], Contestant]]
@@ -303,7 +379,7 @@ class Peers:
 
 
 def _versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "jaxlosses", "optax", "numpy")
+    names = ("jax", "jaxlib", "jaxlosses", "optax", "numpy", "tokamax", "jax-cce")
     found = {}
     for name in names:
         try:

@@ -12,6 +12,9 @@ from typing import Any
 from benchmarks.cases import (
     COPY,
     FORWARD,
+    FUSED,
+    FUSED_BATCH,
+    FUSED_CLASSES,
     GROWTH_BATCH,
     GROWTH_CLASSES,
     MATMUL,
@@ -99,12 +102,15 @@ def _title(result: Result) -> str:
     device = environment["device"]
     if environment["platform"] == "cpu":
         device = f"{environment['processor']}, {environment['threads']} threads"
-    growth = "Growth of cost: " if result["preset"] == "growth" else ""
+    kinds = {"growth": "Growth of cost: ", "linear": "Fused loss: "}
+    growth = kinds.get(result["preset"], "")
     only = f", only '{result['only']}'" if result["only"] else ""
     return f"{growth}{device}, JAX {result['versions']['jax']}{only}"
 
 
 def _caption(result: Result) -> str:
+    if result["preset"] == "linear":
+        return "Time and temporary memory of the fused loss"
     if result["preset"] == "growth":
         return "Time and temporary memory against classes and against rows"
     return "Time of each peer, divided by ours, per shape"
@@ -113,6 +119,8 @@ def _caption(result: Result) -> str:
 def _short(result: Result) -> str:
     if result["preset"] == "growth":
         return _growth_table(result)
+    if result["preset"] == "linear":
+        return _fused_table(result)
     return _comparison_table(result)
 
 
@@ -183,7 +191,7 @@ def _name(contestant: str) -> str:
 def _comparison_table(result: Result) -> str:
     """One row per shape and dtype; `a / b` is forward / value and gradient."""
     index, peers = _index(result), _peers(result)
-    shapes = list(dict.fromkeys(key[:4] for key in index if key[5] not in _CEILINGS))
+    shapes = list(dict.fromkeys(key[:4] for key in index if key[5] in (*_LOSSES, STEP)))
     ceilings = _ceilings(result)
 
     def entry(shape: Any, what: str, name: str, inputs: str = "random") -> Entry | None:
@@ -339,6 +347,36 @@ def _growth_table(result: Result) -> str:
     return "\n\n".join([_table(head, rows), *_remarks(result)])
 
 
+def _fused_cases(result: Result, growth: bool = False) -> list[Any]:
+    return [
+        case
+        for case in result["cases"]
+        if case["what"] == FUSED and (case["model"] in ("V", "B")) == growth
+    ]
+
+
+def _fused_table(result: Result) -> str:
+    """Value and gradient of the mean: time beside ours, and temporaries."""
+    cases = _fused_cases(result)
+    names = list(dict.fromkeys(n for c in cases for n in c["entries"]))
+    names.remove(OURS)
+    rows = []
+    for case in cases:
+        shape = f"{case['batch']}×{case['features']}×{case['classes']}"
+        ours = case["entries"].get(OURS)
+        row = [f"{case['model']} {shape}", case["dtype"]]
+        row += [_number(_median(ours, key), 3) for key in ("ms", "ratio_to_floor")]
+        row.append("-" if ours is None else _mib(ours["temp_bytes"]))
+        for name in names:
+            entry = case["entries"].get(name)
+            memory = "-" if entry is None else _mib(entry["temp_bytes"])
+            row.append(f"{_number(_median(entry, 'ratio_to_ours'))}, {memory}")
+        rows.append(row)
+    head = ["tokens×features×classes", "dtype", "ours, ms", "÷ three matmuls"]
+    head += ["ours, MiB", *(f"{_name(name)}: time ÷ ours, MiB" for name in names)]
+    return "\n\n".join([_table(head, rows), *_remarks(result)])
+
+
 # The page of a run.
 
 
@@ -410,7 +448,8 @@ def _plot(result: Result, path: pathlib.Path) -> None:
         "savefig.transparent": True,
         "svg.hashsalt": "benchmarks",  # the same picture from the same numbers
     }
-    draw = _growth_figure if result["preset"] == "growth" else _comparison_figure
+    figures = {"growth": _growth_figure, "linear": _fused_figure}
+    draw = figures.get(result["preset"], _comparison_figure)
     with mpl.rc_context(settings):
         figure = draw(result)
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
@@ -421,7 +460,7 @@ def _comparison_figure(result: Result) -> Any:
     from matplotlib.figure import Figure
 
     index = _index(result)
-    dtypes = list(dict.fromkeys(key[3] for key in index if key[5] not in _CEILINGS))
+    dtypes = list(dict.fromkeys(key[3] for key in index if key[5] in (*_LOSSES, STEP)))
     figure = Figure(figsize=(5 * max(1, len(dtypes)), 6), layout="constrained")
     grid = figure.subplots(
         2, max(1, len(dtypes)), squeeze=False, sharex="col", sharey="row"
@@ -525,6 +564,47 @@ def _growth_figure(result: Result) -> Any:
             axes.set_xlabel(label)
         row[0].set_ylabel(unit)
     _legend(figure, grid.flat)
+    return figure
+
+
+def _fused_figure(result: Result) -> Any:
+    """Time and temporaries of the fused loss, against classes and against tokens."""
+    from matplotlib import pyplot
+
+    styles = {
+        OURS: (_COLORS[OURS], "o-"),
+        f"{OURS} recompute": ("#6fb3f2", "s--"),
+        f"{OURS} vocab": ("#1f5fa8", "^:"),
+        "optax": (_COLORS["optax"], "o-"),
+        "tokamax": (_COLORS["torch"], "o-"),
+        "jax-cce": (_COLORS["tensorflow"], "o-"),
+    }
+    figure, all_axes = pyplot.subplots(
+        2, 2, figsize=(8, 6), squeeze=False, layout="constrained"
+    )
+    along = (
+        ("V", "classes", f"classes, {FUSED_BATCH} tokens"),
+        ("B", "batch", f"tokens, {FUSED_CLASSES} classes"),
+    )
+    for column, (model, field, label) in enumerate(along):
+        cases = [c for c in _fused_cases(result, growth=True) if c["model"] == model]
+        for name, (color, style) in styles.items():
+            shown = [c for c in cases if name in c["entries"]]
+            x = [c[field] for c in shown]
+            entries = [c["entries"][name] for c in shown]
+            times = [e["ms"][1] for e in entries]
+            memory = [(e["temp_bytes"] or 0) / _MIB for e in entries]
+            for row, values in enumerate((times, memory)):
+                all_axes[row][column].plot(
+                    x, values, style, color=color, label=_name(name), markersize=4
+                )
+        for row, what in enumerate(("ms", "temporary MiB")):
+            axes = all_axes[row][column]
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+            axes.set_ylabel(what)
+    _legend(figure, all_axes.flat)
     return figure
 
 

@@ -92,8 +92,8 @@ def linear_softmax_cross_entropy(
             `"auto"`: `"dense"` if all logits fit the workspace or labels are
             distributions; `"vocab"` if the logits of 64 examples do not (on one
             device and inside `shard_map`: elsewhere its slices of a kernel that is
-            split over devices would be gathered); else `"tokens"` for a sum or a mean, and `"recompute"` otherwise or with
-            `forward_mode`.
+            split over devices would be gathered); else `"tokens"` for a sum or a
+            mean, and `"recompute"` otherwise or with `forward_mode`.
         workspace_bytes: bounds what is held at once beyond the arguments, the result
             and the accumulators of the gradients (float32, of the shapes of `hidden`
             and `kernel`), as far as one example or one class fits. None takes 32 MiB

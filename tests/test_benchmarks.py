@@ -39,10 +39,13 @@ def test_every_case_compares_paired_calls(result: tuple[pathlib.Path, Any]) -> N
     assert content["not_run"] == []
     assert list(content["absent"]) == ["torch"]
     whats = {case["what"] for case in content["cases"]}
-    assert whats == {"forward", "value-and-gradient", "step"}
+    assert whats == {"forward", "value-and-gradient", "step", "fused"}
     for case in content["cases"]:
         assert case["failed"] == {}
-        assert set(case["entries"]) == {"jaxlosses", "optax", case["floor"]}
+        ours = {"jaxlosses"}
+        if case["what"] == "fused":
+            ours |= {f"jaxlosses {s}" for s in ("tokens", "recompute", "vocab")}
+        assert set(case["entries"]) == ours | {"optax", case["floor"]}
         samples = {len(entry["samples_ms"]) for entry in case["entries"].values()}
         assert len(samples) == 1
         assert min(samples) >= 5
@@ -55,6 +58,9 @@ def test_accuracy_stands_beside_the_time(result: tuple[pathlib.Path, Any]) -> No
     ours = forward["entries"]["jaxlosses"]["worst_error"]
     assert max(ours.values()) < 4e-6
     assert forward["entries"]["optax"]["worst_error"]["confident"] > 0.1
+    (fused,) = [c for c in content["cases"] if c["what"] == "fused"]
+    for name in set(fused["entries"]) - {fused["floor"]}:
+        assert fused["entries"][name]["worst_error"]["order 1"] < 4e-6
 
 
 def test_report_needs_only_the_json(
