@@ -250,6 +250,8 @@ def _sum_and_gradient(
     head, shared, rows, examples, exists = operands
     cut = _Cut(plan, examples)
     acc = _statistics.accumulation_dtype(compute_dtype(head))
+    # A sum over devices belongs after the loop, not into it.
+    shared = _varying_with(head.hidden, shared)
     shared, shared_tree = jax.tree.flatten(shared)
     rows, rows_tree = jax.tree.flatten(rows)
     want_head = (False, False, False)
@@ -625,6 +627,10 @@ class _Pieces:
         self._classes = num_classes(layout, head.kernel)
         self._size = -(-self._classes // way.plan.num_chunks)
         self._acc = _statistics.accumulation_dtype(compute_dtype(head))
+        self._labels = product.examples.labels
+        if way.spec.axis_name:
+            shard = lax.axis_index(way.spec.axis_name)
+            self._labels = self._labels - self._classes * shard
         self._uniform: Uniform | None = None
         if way.spec.smooth:
             shape = (*head.hidden.shape[:-1], self._classes)
@@ -649,10 +655,9 @@ class _Pieces:
         if self._classes % size:
             fresh = start + jnp.arange(size) >= i * size
             exists = fresh if exists is None else exists & fresh
-        labels = product.examples.labels - start
         here = product._replace(
             class_weights=part(product.class_weights),
-            examples=product.examples._replace(labels=labels),
+            examples=product.examples._replace(labels=self._labels - start),
             exists=exists,
         )
         inputs = inputs_of(self.spec, project(self._way.plan.layout, head), here)
@@ -778,16 +783,21 @@ def _scan(body: Any, start: Any, xs: Any) -> tuple[Any, Any]:
 
 def _typed(tree: Any, like: Any) -> Any:
     """Inside a `shard_map`, types constants as varying where a loop makes them so."""
+    return jax.tree.map(_typed_like, tree, like)
 
-    def typed(a: Array, b: Any) -> Array:
-        axes = tuple(sorted(_logits.varying_axes(b) - _logits.varying_axes(a)))
-        if not axes:
-            return a
-        # JAX 0.9 renamed it.
-        old: Any = getattr(lax, "pvary", None)
-        return old(a, axes) if old else lax.pcast(a, axes, to="varying")
 
-    return jax.tree.map(typed, tree, like)
+def _varying_with(like: Array, tree: Any) -> Any:
+    """Types every array as varying wherever one array is."""
+    return jax.tree.map(lambda a: _typed_like(a, like), tree)
+
+
+def _typed_like(a: Array, like: Any) -> Array:
+    axes = tuple(sorted(_logits.varying_axes(like) - _logits.varying_axes(a)))
+    if not axes:
+        return a
+    # JAX 0.9 renamed it.
+    old: Any = getattr(lax, "pvary", None)
+    return old(a, axes) if old else lax.pcast(a, axes, to="varying")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
