@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxlosses import (
@@ -211,17 +212,17 @@ def linear_softmax_cross_entropy(
     asked = _checks.strategy(strategy)
     _checks.suits(asked, on_logits.reduction, dense, on_logits.forward_mode)
     workspace = _checks.workspace_bytes(workspace_bytes)
-    chosen, plan = _plan(on_logits, arrays.head, kernel_layout, asked, workspace)
-    return _loss(_Fused(on_logits, chosen, plan), arrays)
+    return _loss(_Fused(on_logits, kernel_layout, asked, workspace), arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fused:
-    """Everything that a compiled loss is specialised for."""
+    """Everything that a compiled loss is specialised for, as the caller says it."""
 
     on_logits: Static
+    layout: Literal["dv", "vd"]
     strategy: str
-    plan: Plan
+    workspace: int | None
 
 
 class _Arrays(NamedTuple):
@@ -237,10 +238,10 @@ class _Arrays(NamedTuple):
     logit_scale: float | Array | None
 
 
-def _plan(
-    static: Static, head: Head, layout: Any, strategy: str, workspace: int | None
-) -> tuple[str, Plan]:
+def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     """The strategy and the number of its chunks."""
+    layout, strategy, workspace = static.layout, static.strategy, static.workspace
+    on_logits = static.on_logits
     *batch, _ = head.hidden.shape
     examples, classes = math.prod(batch), _chunked.num_classes(layout, head.kernel)
     if workspace is None:
@@ -254,11 +255,11 @@ def _plan(
     entry += dtype.itemsize if dtype.itemsize < 4 else 0
     held = examples * classes * entry * 4 // 3
     if strategy == "auto":
-        if static.spec.dense or held <= workspace:
+        if on_logits.spec.dense or held <= workspace:
             strategy = "dense"
         elif local and _FEW_EXAMPLES * held > workspace * examples:
             strategy = "vocab"
-        elif static.reduction != "none" and not static.forward_mode:
+        elif on_logits.reduction != "none" and not on_logits.forward_mode:
             strategy = "tokens"
         else:
             strategy = "recompute"
@@ -289,13 +290,101 @@ def _is_local() -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(static: _Fused, arrays: _Arrays) -> Any:
-    if static.strategy == "dense":
+    mesh: Any = jax.typeof(arrays.head.hidden).sharding.mesh
+    if mesh.empty or not mesh.explicit_axes:
+        return _run(static, arrays)
+    return _by_hand(static, arrays, mesh)
+
+
+def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
+    """On a mesh of explicit axes: split as the types say, inside a `shard_map`.
+
+    Examples stay as they are split. The classes stay where no axis of the examples
+    has them; features are gathered.
+    """
+    hidden, kernel, _ = arrays.head
+    layout, on_logits = static.layout, static.on_logits
+    batch = tuple(jax.typeof(hidden).sharding.spec)[:-1]
+    batch += (None,) * (hidden.ndim - 1 - len(batch))
+    over = [name for entry in batch for name in _names(entry)]
+    entries: Any = (*jax.typeof(kernel).sharding.spec, None, None)
+    split = _names(entries[1 if layout == "dv" else 0])
+    split = tuple(name for name in split if name not in over)
+    classes = split or None
+    examples: Any = P(*batch)
+    one: Any = P()
+    every: Any = P(classes)
+    specs = _Arrays(
+        Head(
+            P(*batch, None),
+            P(None, classes) if layout == "dv" else P(classes, None),
+            every,
+        ),
+        P(*batch, classes) if on_logits.spec.dense else examples,  # type: ignore[arg-type]
+        every,
+        every,
+        examples,
+        *(one,) * 3,
+    )
+    given = jax.tree.map(
+        lambda x, spec: None if x is None else spec,
+        arrays,
+        specs,
+        is_leaf=lambda x: x is None,
+    )
+    arrays = jax.tree.map(jax.sharding.reshard, arrays, given)
+    spec = dataclasses.replace(on_logits.spec, axis_name=split)
+    reduction = on_logits.reduction
+    part = dataclasses.replace(
+        on_logits, spec=spec, reduction="none" if reduction == "none" else "sum"
+    )
+    part_static = dataclasses.replace(static, on_logits=part)
+
+    def run(arrays: _Arrays) -> tuple[Array, Any, Any]:
+        out = _run(part_static, arrays)
+        loss, stats = out if on_logits.return_stats else (out, None)
+        mass = _mass(part_static, arrays) if reduction == "mean" else None
+        if over and reduction != "none":
+            loss, mass = jax.lax.psum((loss, mass), tuple(over))
+        return loss, mass, stats
+
+    loss, mass, stats = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(given,),
+        out_specs=(examples if reduction == "none" else one, one, examples),
+        axis_names=set(mesh.explicit_axes),
+    )(arrays)
+    if mass is not None:
+        loss = _combine.mean_of(loss, mass)
+    return (loss, stats) if on_logits.return_stats else loss
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a partition."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _mass(static: _Fused, arrays: _Arrays) -> Array:
+    """What a mean divides by."""
+    if static.on_logits.spec.dense:
+        labels = arrays.labels[..., 0]
+        example = Example(_counted(static, arrays), None, arrays.weights)
+        return _combine.denominator(jnp.zeros_like(labels, jnp.float32), example)
+    _, example = _examples(static, arrays)
+    return _combine.denominator(jnp.zeros(arrays.labels.shape, jnp.float32), example)
+
+
+def _run(static: _Fused, arrays: _Arrays) -> Any:
+    """The loss of arrays of which every axis may be cut, or none."""
+    strategy, plan = _plan(static, arrays.head)
+    if strategy == "dense":
         return _on_logits(static, arrays)
     batch = arrays.labels.shape
-    if not batch or static.plan.compact:
+    if not batch or plan.compact:
         arrays = _flattened(arrays)
         static = _of_rank(static, 1)
-    loss, stats = _in_chunks(static, arrays)
+    loss, stats = _in_chunks(static, strategy, plan, arrays)
     if stats is not None:
         stats = jax.tree.map(lambda a: a.reshape(batch), stats)
     if static.on_logits.reduction == "none":
@@ -313,7 +402,7 @@ def _on_logits(static: _Fused, arrays: _Arrays) -> Any:
     return _cross_entropy.loss_on_logits(
         on_logits,
         Arrays(
-            rule(static.plan.layout, arrays.head),
+            rule(static.layout, arrays.head),
             arrays.labels,
             where,
             None if arrays.weights is None else arrays.weights != 0,
@@ -344,12 +433,11 @@ def _of_rank(static: _Fused, rank: int) -> _Fused:
     )
 
 
-def _in_chunks(static: _Fused, arrays: _Arrays) -> tuple[Array, Stats | None]:
-    on_logits, spec = static.on_logits, static.on_logits.spec
-    head = arrays.head
+def _examples(static: _Fused, arrays: _Arrays) -> tuple[Examples, Example]:
+    """What is known of each example: for its statistics, and for its loss."""
+    spec, head, labels = static.on_logits.spec, arrays.head, arrays.labels
     dtype = _statistics.accumulation_dtype(_chunked.compute_dtype(head))
-    classes = _chunked.num_classes(static.plan.layout, head.kernel)
-    labels = arrays.labels
+    classes = _chunked.num_classes(static.layout, head.kernel)
     ids = _cross_entropy.class_ids(spec, (*labels.shape, classes), labels)
     label_weights = None
     if arrays.class_weights is not None:
@@ -363,32 +451,40 @@ def _in_chunks(static: _Fused, arrays: _Arrays) -> tuple[Array, Stats | None]:
         ids = jnp.where(found > 0, ids, -1)
     counted = _counted(static, arrays)
     weights = _cross_entropy.optional(arrays.weights, dtype)
-    example = Example(counted, label_weights, weights)
+    return Examples(ids, counted), Example(counted, label_weights, weights)
+
+
+def _in_chunks(
+    static: _Fused, strategy: str, plan: Plan, arrays: _Arrays
+) -> tuple[Array, Stats | None]:
+    on_logits, spec, head = static.on_logits, static.on_logits.spec, arrays.head
+    dtype = _statistics.accumulation_dtype(_chunked.compute_dtype(head))
+    examples, example = _examples(static, arrays)
     coefficients = Coefficients(
         _cross_entropy.optional(arrays.label_smoothing, dtype),
         _cross_entropy.optional(arrays.z_loss, dtype),
     )
     scale = _cross_entropy.optional(arrays.logit_scale, dtype)
     class_weights = arrays.class_weights if spec.smooth else None
-    examples = Examples(ids, counted)
 
-    if static.strategy == "tokens":
+    if strategy == "tokens":
         operands = Operands(
             head,
             (class_weights, scale, coefficients),
-            (label_weights, weights),
+            (example.label_weights, example.weights),
             examples,
             arrays.where,
         )
         loss_of = functools.partial(_loss_of_chunk, on_logits)
-        total, stats = _chunked.summed(static.plan, loss_of, operands)
+        total, stats = _chunked.summed(plan, loss_of, operands)
         if on_logits.reduction == "mean":
-            mass = _combine.denominator(jnp.zeros(ids.shape, dtype), example)
+            like = jnp.zeros(examples.labels.shape, dtype)
+            mass = _combine.denominator(like, example)
             total = _combine.mean_of(total, mass)
         return total, stats
 
     product = Product(head, class_weights, scale, examples, arrays.where)
-    way = Way(static.plan, static.strategy == "vocab", spec)
+    way = Way(plan, strategy == "vocab", spec)
     statistics = _chunked.statistics(way, product, on_logits.forward_mode)
     inputs = _chunked.inputs_of(spec, None, product)
     statistics = jax.tree.map(lambda a: a[..., None], statistics)
