@@ -161,7 +161,7 @@ def _add(
     def body(d_kernel: Array, i: Array) -> tuple[Array, None]:
         start = jnp.minimum(i * size, classes - size)
         d_piece = _take(d_logits, start, size, d_logits.ndim - 1)
-        if classes % size:  # the last piece overlaps the one before it
+        if size * plan.kernel_pieces != classes:  # the last pieces overlap
             fresh = start + jnp.arange(size) >= i * size
             d_piece = jnp.where(jnp.broadcast_to(fresh, d_piece.shape), d_piece, 0)
         d = _pull(plan.layout, head, d_piece, (False, True, False)).kernel
@@ -597,7 +597,7 @@ def _pull_classes(
         else None,
         jnp.zeros((), acc) if wanted.scale else None,
     )
-    # The last chunk overlaps the one before it, which overwrites what they share.
+    # The last chunks may overlap others, which overwrite what they share.
     ids = jnp.arange(way.plan.num_chunks)[::-1]
     (d_hidden, *d_head, d_class_weights, d_scale), _ = _scan(body, start, ids)
     return Product(
@@ -616,7 +616,7 @@ class _Piece(NamedTuple):
 
 
 class _Pieces:
-    """The vocabulary in chunks of one size, the last of which may overlap."""
+    """The vocabulary in chunks of one size, the last of which may overlap others."""
 
     def __init__(self, way: Way, product: Product) -> None:
         head, layout = product.head, way.plan.layout
@@ -652,7 +652,7 @@ class _Pieces:
             part(product.head.bias),
         )
         exists = part(product.exists)
-        if self._classes % size:
+        if size * self._way.plan.num_chunks != self._classes:
             fresh = start + jnp.arange(size) >= i * size
             exists = fresh if exists is None else exists & fresh
         here = product._replace(

@@ -1,5 +1,8 @@
-"""Classes and batch split by hand, inside `shard_map`."""
+"""Classes and batch split over devices: by hand, by jit, and by types."""
 
+import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -161,3 +164,273 @@ def test_a_label_of_no_device_is_nan_on_all() -> None:
     (gradient,) = pull(jnp.ones(3))
     assert np.isnan(gradient).all(1).tolist() == [True, True, False]
     assert np.isfinite(gradient[2]).all()
+
+
+# --- jit with shardings, and the collectives of the compiled module.
+
+TOKENS, SEQUENCE, FEATURES, CLASSES = 8, 16, 16, 96
+ALL = ("dense", "tokens", "recompute", "vocab")
+COLLECTIVE = re.compile(
+    r"= (?P<type>.*?) (?P<what>all-reduce|all-gather|all-to-all|"
+    r"collective-permute|reduce-scatter)(-start)?\("
+)
+
+
+def collectives(compiled: Any) -> list[tuple[str, int]]:
+    """Kind, and the size of the largest array, of every collective."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        match = COLLECTIVE.search(line)
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match["type"])
+            sizes = [math.prod(int(n) for n in s.split(",") if n) for s in shapes]
+            found.append((match["what"], max(sizes)))
+    return found
+
+
+def typed_mesh(shape: tuple[int, int], kind: str) -> jax.sharding.Mesh:
+    types = (getattr(AxisType, kind),) * 2
+    return jax.make_mesh(shape, ("data", "model"), axis_types=types)
+
+
+def put(mesh: jax.sharding.Mesh, array: Any, *spec: Any) -> jax.Array:
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, P(*spec)))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_sharded_logits_are_reduced_where_they_are(
+    shape: tuple[int, int], dense: bool, kind: str
+) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(TOKENS, SEQUENCE, CLASSES)).astype(np.float32)
+    ids = rng.integers(0, CLASSES, (TOKENS, SEQUENCE))
+    labels = (
+        rng.dirichlet(np.ones(CLASSES), ids.shape).astype(np.float32) if dense else ids
+    )
+    function = jl.softmax_cross_entropy
+    if not dense:
+        function = jl.softmax_cross_entropy_with_integer_labels
+
+    def mean(z: jax.Array, y: jax.Array) -> jax.Array:
+        return function(z, y, label_smoothing=0.1, z_loss=1e-3, reduction="mean")
+
+    mesh = typed_mesh(shape, kind)
+    with jax.set_mesh(mesh):
+        z = put(mesh, logits, "data", None, "model")
+        y = put(mesh, labels, "data", None, *["model"] * dense)
+        compiled = jax.jit(jax.value_and_grad(mean)).lower(z, y).compile()
+        value, gradient = compiled(z, y)
+    want = oracle.loss(logits, labels, label_smoothing=0.1, z_loss=1e-3)
+    np.testing.assert_allclose(value, want.mean(), rtol=2e-6)
+    exact = oracle.gradients(
+        logits, labels, label_smoothing=0.1, z_loss=1e-3, reduction="mean"
+    )
+    np.testing.assert_allclose(gradient, exact["logits"], rtol=1e-4, atol=1e-9)
+    assert gradient.sharding.is_equivalent_to(z.sharding, 3)
+    examples = TOKENS * SEQUENCE // shape[0]
+    found = collectives(compiled)
+    assert found
+    for what, size in found:
+        assert what == "all-reduce"
+        assert size <= examples
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_sharded_head_moves_its_gradients_and_vectors_alone(
+    shape: tuple[int, int], strategy: str, kind: str
+) -> None:
+    if (strategy, kind) == ("vocab", "Auto") and shape[1] > 1:
+        pytest.skip("its slices of a kernel that is split are gathered, as documented")
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(TOKENS, SEQUENCE, FEATURES)).astype(np.float32)
+    kernel = (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32)
+    ids = rng.integers(0, CLASSES, (TOKENS, SEQUENCE))
+
+    def mean(h: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+        return jl.linear_softmax_cross_entropy(
+            h, w, y, reduction="mean", strategy=strategy, workspace_bytes=128 * CLASSES
+        )
+
+    mesh = typed_mesh(shape, kind)
+    with jax.set_mesh(mesh):
+        h, w = put(mesh, hidden, "data"), put(mesh, kernel, None, "model")
+        y = put(mesh, ids, "data")
+        both = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
+        compiled = both.lower(h, w, y).compile()
+        value, (d_hidden, d_kernel) = compiled(h, w, y)
+    check_head(hidden, kernel, ids, value, d_hidden, d_kernel)
+    examples = TOKENS * SEQUENCE // shape[0]
+    allowed = {examples * FEATURES, FEATURES * CLASSES // shape[1]}
+    local_logits = examples * CLASSES // shape[1]
+    large = []
+    for what, size in collectives(compiled):
+        assert what == "all-reduce"
+        assert size < local_logits or size in allowed
+        large += [size] if size > examples else []
+    # One for each gradient at most; a loop runs what is in it more than once.
+    assert len(large) <= 2
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("strategy", [*ALL, "auto"])
+def test_kernel_split_over_features_is_gathered_once(strategy: str, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(TOKENS, SEQUENCE, FEATURES)).astype(np.float32)
+    kernel = (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32)
+    ids = rng.integers(0, CLASSES, (TOKENS, SEQUENCE))
+    mesh = typed_mesh((2, 4), kind)
+    with jax.set_mesh(mesh):
+        arguments = (
+            put(mesh, hidden, "data", "model"),
+            put(mesh, kernel, "data", "model"),
+            put(mesh, ids, "data", "model"),
+        )
+
+        def mean(h: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+            return jl.linear_softmax_cross_entropy(
+                h,
+                w,
+                y,
+                reduction="mean",
+                strategy=strategy,
+                workspace_bytes=128 * CLASSES,
+            )
+
+        value, d = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(*arguments)
+    check_head(hidden, kernel, ids, value, *d)
+    if kind == "Explicit":  # else the partitioner chooses
+        assert d[1].sharding.is_equivalent_to(arguments[1].sharding, 2)
+
+
+def check_head(
+    hidden: np.ndarray,
+    kernel: np.ndarray,
+    ids: np.ndarray,
+    value: Any,
+    d_hidden: Any,
+    d_kernel: Any,
+) -> None:
+    """The mean and its gradients by both factors are those of float64."""
+    h, w = hidden.astype(np.float64), kernel.astype(np.float64)
+    dz = oracle.gradients(h @ w, ids, reduction="mean")["logits"]
+    np.testing.assert_allclose(
+        value, oracle.loss(h @ w, ids, reduction="mean"), rtol=2e-6
+    )
+    np.testing.assert_allclose(d_hidden, dz @ w.T, rtol=1e-4, atol=1e-8)
+    flat = (h.reshape(-1, h.shape[-1]), dz.reshape(-1, dz.shape[-1]))
+    np.testing.assert_allclose(d_kernel, flat[0].T @ flat[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_head_split_by_hand_with_every_option(
+    shape: tuple[int, int], strategy: str
+) -> None:
+    rng = np.random.default_rng(0)
+    exists = np.arange(CLASSES) % 7 != 0
+    ids = rng.choice(np.flatnonzero(exists), TOKENS * 2).astype(np.int32)
+    ids[::4] = -100
+    arrays = {
+        "hidden": rng.normal(size=(len(ids), FEATURES)).astype(np.float32),
+        "kernel": (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32),
+        "bias": rng.normal(size=CLASSES).astype(np.float32),
+        "class_weights": rng.random(CLASSES).astype(np.float32),
+        "weights": rng.random(len(ids)).astype(np.float32),
+        "logit_scale": np.float32(-1.3),
+    }
+    specs = {
+        "hidden": P("data"),
+        "kernel": P(None, "model"),
+        "bias": P("model"),
+        "class_weights": P("model"),
+        "weights": P("data"),
+        "logit_scale": P(),
+    }
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 5.0}
+
+    def total(arrays: Any, labels: Any, where: Any) -> jax.Array:
+        loss = jl.linear_softmax_cross_entropy(
+            labels=labels,
+            where=where,
+            ignore_index=-100,
+            reduction="sum",
+            axis_name="model",
+            strategy=strategy,
+            workspace_bytes=800,
+            **arrays,
+            **options,
+        )
+        return jax.lax.psum(loss, "data")
+
+    split = jax.shard_map(
+        total,
+        mesh=make_mesh(shape),
+        in_specs=(specs, P("data"), P("model")),
+        out_specs=P(),
+    )
+    value, gradients = jax.jit(jax.value_and_grad(split))(arrays, ids, exists)
+
+    wide = {name: a.astype(np.float64) for name, a in arrays.items()}
+    hidden, kernel, bias = (wide.pop(name) for name in ("hidden", "kernel", "bias"))
+    given = wide | options | {"ignore_index": -100, "where": exists[None]}
+    logits = hidden @ kernel + bias
+    exact = oracle.gradients(logits, ids, reduction="sum", **given)
+    dz = exact["logits"]
+    exact |= {"hidden": dz @ kernel.T, "kernel": hidden.T @ dz, "bias": dz.sum(0)}
+    np.testing.assert_allclose(
+        value, oracle.loss(logits, ids, reduction="sum", **given), rtol=2e-6
+    )
+    for name, gradient in gradients.items():
+        size = np.abs(exact[name]).max()
+        np.testing.assert_allclose(gradient, exact[name], rtol=0, atol=3e-6 * size)
+
+
+def test_split_head_serves_forward_mode_second_derivatives_and_vmap() -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(4, FEATURES)).astype(np.float32)
+    kernel = (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32)
+    ids = rng.integers(0, CLASSES, 4)
+    direction = rng.normal(size=hidden.shape).astype(np.float32)
+
+    def on(axis_name: str | None, strategy: str, forward_mode: bool) -> Any:
+        def total(h: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+            return jl.linear_softmax_cross_entropy(
+                h,
+                w,
+                y,
+                reduction="sum",
+                axis_name=axis_name,
+                strategy=strategy,
+                workspace_bytes=400,
+                forward_mode=forward_mode,
+            )
+
+        return total
+
+    def derivatives(total: Any, forward: Any, h: Any, w: Any, y: Any, v: Any) -> Any:
+        push = jax.jvp(lambda h: forward(h, w, y), (h,), (v,))[1]
+        product = jax.jvp(jax.grad(lambda h: total(h, w, y)), (h,), (v,))[1]
+        each = jax.vmap(lambda h, y: total(h[None], w, y[None]))(h, y)
+        return push, product, each
+
+    want = derivatives(
+        on(None, "dense", True), on(None, "dense", True), hidden, kernel, ids, direction
+    )
+    for strategy in ("tokens", "recompute", "vocab"):
+        forward = on("model", "vocab" if strategy == "tokens" else strategy, True)
+        split = jax.shard_map(
+            functools.partial(derivatives, on("model", strategy, False), forward),
+            mesh=make_mesh((1, 8)),
+            in_specs=(P(), P(None, "model"), P(), P()),
+            out_specs=P(),
+        )
+        got = jax.jit(split)(hidden, kernel, ids, direction)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            want,
+            got,
+        )
