@@ -25,6 +25,9 @@ from jaxlosses._statistics import Cotangents, Inputs, Spec, Statistics
 # Logits of a block, 4 MiB in float32: a block is read from cache after the first time.
 _BLOCK_SIZE = 2**20
 
+# Classes of a piece, about. A label's piece is read again, so it should be short.
+_PIECE = 64
+
 
 class Residuals(NamedTuple):
     """What the backward pass keeps: the inputs, and three numbers per example.
@@ -196,12 +199,33 @@ def _num_cpus() -> int:
         return 0
 
 
+def _piece(spec: Spec, inputs: Inputs) -> int:
+    """Into pieces of how many classes the logits are best split; 0 for not at all."""
+    options = inputs.where, inputs.scale, spec.softcap
+    if any(option is not None for option in options):
+        return 0
+    if spec.dense or spec.smooth or spec.predicted:
+        return 0
+    # A block of another type is as fast, or faster.
+    if inputs.logits.dtype != jnp.bfloat16:
+        return 0
+    num_classes = inputs.logits.shape[-1]
+    # Few pieces would leave much to do again for the label's.
+    sizes = [n for n in range(16, num_classes // 16 + 1) if num_classes % n == 0]
+    return min(sizes, key=lambda n: max(n / _PIECE, _PIECE / n), default=0)
+
+
 def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
-    """Statistics by blocks of rows, each small enough to be read again from cache."""
+    """Statistics by blocks of rows, each small enough to be read again from cache.
+
+    Plain bfloat16 logits are read in pieces of the classes instead: a block of them
+    would be converted to float32 in memory.
+    """
     *batch, num_classes = inputs.logits.shape
     num_rows = math.prod(batch)
-    rows = max(1, _BLOCK_SIZE // num_classes)
-    blocked = dataclasses.replace(spec, axes=(1,), in_cache=True)
+    piece = _piece(spec, inputs)
+    rows = num_rows if piece else max(1, _BLOCK_SIZE // num_classes)
+    blocked = dataclasses.replace(spec, axes=(1,), in_cache=not piece, piece=piece)
     evaluate = functools.partial(_statistics.evaluate, blocked)
     # One batch axis; what all rows share keeps it at size 1.
     inputs = jax.tree.map(

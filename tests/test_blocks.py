@@ -1,5 +1,7 @@
 """Blocking by rows on CPU: the same values as in one piece, and only where sound."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,14 +60,67 @@ def test_blocks_give_the_statistics_of_the_whole(
         np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)
 
 
-def test_blocks_are_exact_for_confident_rows_of_many_classes() -> None:
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     for margin in (0.0, 20.0, 80.0):
         logits, ids = oracle.confident_logits(rng, 45, 50257, margin)
-        inputs = Inputs(jnp.asarray(logits), jnp.asarray(ids)[:, None])
+        inputs = Inputs(jnp.asarray(logits, dtype), jnp.asarray(ids)[:, None])
+        assert bool(_logits._piece(Spec((1,), False), inputs)) == (dtype != jnp.float32)
         got = jax.jit(lambda x: _logits._evaluate_blocked(Spec((1,), False), x))(inputs)
-        want = oracle.loss(logits, ids)
+        want = oracle.loss(np.asarray(inputs.logits, np.float32), ids)
         np.testing.assert_allclose(got.nll[:, 0], want, rtol=4e-6)
+
+
+@pytest.mark.parametrize("num_classes", [256, 1000])
+def test_pieces_give_the_statistics_of_the_whole(num_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(40, num_classes)).astype(np.float32)
+    labels = rng.integers(num_classes, size=(40, 1)).astype(np.int32)
+    labels[:3] = [[-1], [0], [num_classes - 1]]
+    at_label = logits[np.arange(40), labels[:, 0]]
+    at_label[3:12] += 70  # ahead
+    at_label[12:14] = -np.inf
+    at_label[14:16] = np.inf
+    at_label[16:18] = np.nan
+    logits[np.arange(40), labels[:, 0]] = at_label
+    beside = (labels[:, 0] + rng.integers(1, 20, size=40)) % num_classes
+    at_beside = logits[np.arange(40), beside]
+    at_beside[9:12] = at_label[9:12]  # a tie
+    at_beside[18:20] = np.inf
+    at_beside[20:22] = np.nan
+    at_beside[22:30] += 70  # behind
+    logits[np.arange(40), beside] = at_beside
+    logits[30:33] = 0
+    logits[33:36] = -np.inf
+    logits[34, labels[34]] = 1
+    logits[36:38, : num_classes // 2] = -np.inf
+    logits[38] = np.nan
+    counted = np.arange(40)[:, None] != 38
+    spec = Spec((1,), False)
+    inputs = Inputs(
+        jnp.asarray(logits, jnp.bfloat16), jnp.asarray(labels), counted=counted
+    )
+    assert _logits._piece(spec, inputs)
+    whole = jax.jit(lambda x: _statistics.evaluate(spec, x))(inputs)
+    pieces = jax.jit(lambda x: _logits._evaluate_blocked(spec, x))(inputs)
+    # Of a NaN, the maximum of XLA:CPU need not know.
+    rows = np.r_[:16, 18:20, 22:40]
+    for a, b in zip(whole[:3], pieces[:3], strict=True):
+        np.testing.assert_allclose(a[rows], b[rows], rtol=1e-6, atol=3e-7)
+    np.testing.assert_array_equal(pieces.nll[np.r_[0, 14:22]], np.nan)
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (2, 3)], ids=str)
+def test_pieces_take_any_batch(batch: tuple[int, ...]) -> None:
+    logits = np.random.default_rng(0).normal(size=(*batch, 256)).astype(np.float32)
+    labels = jnp.full((*batch, 1), 7, jnp.int32)
+    inputs = Inputs(jnp.asarray(logits, jnp.bfloat16), labels)
+    spec = Spec((len(batch),), False)
+    got = _logits._evaluate_blocked(spec, inputs).nll
+    assert got.shape == (*batch, 1)
+    want = _statistics.evaluate(spec, inputs).nll
+    np.testing.assert_allclose(got, want, rtol=3e-7)
 
 
 def loops(function: object, *args: jax.Array) -> int:
@@ -86,6 +141,10 @@ def test_rows_are_blocked_inside_shard_map() -> None:
     )
     logits, labels = jnp.zeros((32, 2**19)), jnp.zeros(32, jnp.int32)
     assert loops(sharded, logits, labels) == 1
+    np.testing.assert_allclose(sharded(logits, labels), np.log(2.0**19), rtol=1e-6)
+    # Plain bfloat16 logits are split into pieces of the classes, without a loop.
+    logits = logits.astype(jnp.bfloat16)
+    assert loops(sharded, logits, labels) == 0
     np.testing.assert_allclose(sharded(logits, labels), np.log(2.0**19), rtol=1e-6)
 
 
