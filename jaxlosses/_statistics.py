@@ -156,7 +156,7 @@ def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
         target = uniform_of(spec, inputs, gap.dtype).target
         smooth = _expected(spec, target, spread - gap)
     if spec.predicted:
-        predicted = first(spec, gap == 0)
+        predicted = jnp.where(jnp.isnan(spread), -1, first(spec, gap == 0))
     statistics = Statistics(peak, spread, nll, smooth, predicted)
     return _counted_only(statistics, inputs.counted)
 
@@ -234,7 +234,11 @@ def merge(part: Partial, reducers: Reducers, inputs: Inputs) -> Partial:
         base = jnp.where(largest == -jnp.inf, 0, largest)
         return _scaled(own - base, magnitude)
 
-    rival, label = reducers.max(part.rival), reducers.max(part.label)
+    rival = reducers.max(part.rival)
+    # One part has the label, and a sum keeps its NaN.
+    none = part.label == -jnp.inf
+    label = reducers.sum(jnp.where(none, 0, part.label))
+    label = jnp.where(reducers.min(none.astype(jnp.int32)) == 1, -jnp.inf, label)
     mass = reducers.sum(part.mass * jnp.exp(below(rival, part.rival)))
     raw_label = raw_rival = slack = share = predicted = None
     if part.raw_label is not None and part.raw_rival is not None:
@@ -265,7 +269,10 @@ def finish(spec: Spec, part: Partial, inputs: Inputs) -> Statistics:
     if part.slack is not None and part.share is not None:
         smooth = part.slack + jnp.where(part.share == 0, 0, part.share * spread)
         smooth = jnp.where(jnp.isnan(spread), spread, smooth)
-    statistics = Statistics(peak, spread, nll, smooth, part.predicted)
+    predicted = part.predicted
+    if predicted is not None:
+        predicted = jnp.where(jnp.isnan(spread), -1, predicted)
+    statistics = Statistics(peak, spread, nll, smooth, predicted)
     return _counted_only(statistics, inputs.counted)
 
 
@@ -370,11 +377,15 @@ def _finish(
 
 def _at_label(spec: Spec, inputs: Inputs, a: Values, is_label: Mask) -> Values:
     """The entry at the label, `-inf` without one."""
-    if not spec.in_cache:
-        return _max(spec, jnp.where(is_label, a, -jnp.inf))
-    (axis,) = spec.axes
-    found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
-    return jnp.where(inputs.labels < 0, -jnp.inf, found)
+    if spec.in_cache:
+        (axis,) = spec.axes
+        found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
+        return jnp.where(inputs.labels < 0, -jnp.inf, found)
+    # A sum, since the maximum of XLA:CPU may lose a NaN.
+    found = _sum(spec, jnp.where(is_label, a, 0))
+    num_classes = math.prod(a.shape[axis] for axis in spec.axes) * num_shards(spec)
+    here = (inputs.labels >= 0) & (inputs.labels < num_classes)
+    return jnp.where(here, found, -jnp.inf)
 
 
 def _rivals(

@@ -1230,3 +1230,26 @@ def test_stats_change_no_gradient_and_have_none(kind: str) -> None:
 def test_every_dtype_of_the_table_has_a_reason() -> None:
     assert set(TABLE) == set(DTYPES)
     assert all(row.why.endswith(".") for row in TABLE.values())
+
+
+@both_kinds
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("classes", [10, 100, 1003])
+def test_a_nan_anywhere_in_a_row_is_shown_in_every_path(
+    classes: int, dtype: str, local: bool, kind: str
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.arange(200)
+    ids = rng.integers(classes, size=rows.size)
+    logits = rng.normal(size=(rows.size, classes))
+    # At the label in every third row, elsewhere in the others; not in every fourth.
+    bad = rows % 4 != 3
+    at = np.where(rows % 3 == 0, ids, rng.integers(classes, size=rows.size))
+    logits[rows[bad], at[bad]] = np.nan
+    labels = ids if kind == "integer" else np.eye(classes)[ids]
+    loss, gradients = check(logits, labels, dtype=dtype, local=local)
+    assert np.isnan(loss).tolist() == bad.tolist()
+    assert np.isnan(gradients["logits"].astype(np.float32)).all(1).tolist() == (
+        bad.tolist()
+    )
