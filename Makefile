@@ -9,13 +9,16 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint notebooks clean
+.PHONY: help demo language-model test bench lint notebooks clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Train a classifier of handwritten digits
 	$(BIN)/python notebooks/digits.py
+
+language-model: $(VENV)/.demo  ## Train a small language model; ARGS=--quick for a try-out
+	$(BIN)/python notebooks/language_model.py $(ARGS)
 
 test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
