@@ -80,7 +80,9 @@ class Plan:
 
 def compute_dtype(head: Head) -> Any:
     """The dtype of all three matmuls."""
-    return jnp.promote_types(head.hidden.dtype, head.kernel.dtype)
+    # What strict promotion refuses is documented here.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(head.hidden.dtype, head.kernel.dtype)
 
 
 def num_classes(layout: Layout, kernel: Array) -> int:
@@ -162,13 +164,15 @@ def _add(
         start = jnp.minimum(i * size, classes - size)
         d_piece = _take(d_logits, start, size, d_logits.ndim - 1)
         if size * plan.kernel_pieces != classes:  # the last pieces overlap
-            fresh = start + jnp.arange(size) >= i * size
+            fresh = start + jnp.arange(size, dtype=jnp.int32) >= i * size
             d_piece = jnp.where(jnp.broadcast_to(fresh, d_piece.shape), d_piece, 0)
         d = _pull(plan.layout, head, d_piece, (False, True, False)).kernel
         so_far = lax.dynamic_slice_in_dim(d_kernel, start, size, axis)
         return lax.dynamic_update_slice_in_dim(d_kernel, so_far + d, start, axis), None
 
-    d_kernel, _ = _scan(body, sums.kernel, jnp.arange(plan.kernel_pieces))
+    d_kernel, _ = _scan(
+        body, sums.kernel, jnp.arange(plan.kernel_pieces, dtype=jnp.int32)
+    )
     return Head(here.hidden, d_kernel, d_bias)
 
 
@@ -539,7 +543,9 @@ def _evaluate_classes(way: Way, product: Product) -> Statistics:
         merged = _statistics.merge(both, two, whole)
         return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
 
-    part, _ = _scan(body, pieces.nothing(), jnp.arange(way.plan.num_chunks))
+    part, _ = _scan(
+        body, pieces.nothing(), jnp.arange(way.plan.num_chunks, dtype=jnp.int32)
+    )
     if spec.axis_name:
         shard = num_classes(way.plan.layout, product.head.kernel)
         part = _shifted(part, shard * lax.axis_index(spec.axis_name))
@@ -598,7 +604,7 @@ def _pull_classes(
         jnp.zeros((), acc) if wanted.scale else None,
     )
     # The last chunks may overlap others, which overwrite what they share.
-    ids = jnp.arange(way.plan.num_chunks)[::-1]
+    ids = jnp.arange(way.plan.num_chunks, dtype=jnp.int32)[::-1]
     (d_hidden, *d_head, d_class_weights, d_scale), _ = _scan(body, start, ids)
     return Product(
         Head(d_hidden, *d_head), d_class_weights, d_scale, Examples(None, None), None
@@ -653,7 +659,7 @@ class _Pieces:
         )
         exists = part(product.exists)
         if size * self._way.plan.num_chunks != self._classes:
-            fresh = start + jnp.arange(size) >= i * size
+            fresh = start + jnp.arange(size, dtype=jnp.int32) >= i * size
             exists = fresh if exists is None else exists & fresh
         here = product._replace(
             class_weights=part(product.class_weights),

@@ -17,8 +17,7 @@ class Stats(NamedTuple):
     """Metrics of each example, from the pass that computed the loss.
 
     Not differentiated. An example that does not count (`ignore_index`, masked by
-    `where`) has zeros and `correct=False`; `predicted` is there for every example
-    with at least one class.
+    `where`) has zeros and `correct=False`.
 
     Attributes:
         lse: log-sum-exp of the logits after cap and scale, in nats.

@@ -95,10 +95,10 @@ def linear_softmax_cross_entropy(
             device and inside `shard_map`: elsewhere its slices of a kernel that is
             split over devices would be gathered); else `"tokens"` for a sum or a
             mean, and `"recompute"` otherwise or with `forward_mode`.
-        workspace_bytes: bounds what is held at once beyond the arguments, the result
-            and the accumulators of the gradients (float32, of the shapes of `hidden`
-            and `kernel`), as far as one example or one class fits. None takes 32 MiB
-            on a CPU and 1 GiB elsewhere.
+        workspace_bytes: bounds what is held at once beyond the arguments, the result,
+            copies of `hidden` and the accumulators of the gradients (float32, of the
+            shapes of `hidden` and `kernel`), as far as one example or one class
+            fits. None takes 32 MiB on a CPU and 1 GiB elsewhere.
         class_weights: shape `(V,)`, floating. Multiplies the loss by the weight of the
             label's class; smoothing spreads the weights.
         label_smoothing: `α` in `[0, 1)`, a number or a traced scalar: the label
@@ -377,6 +377,11 @@ def _mass(static: _Fused, arrays: _Arrays) -> Array:
 
 def _run(static: _Fused, arrays: _Arrays) -> Any:
     """The loss of arrays of which every axis may be cut, or none."""
+    counted = _counted(static, arrays)
+    if counted is not None:
+        # In the kernel's gradient, a NaN times a cotangent of zero would be NaN.
+        hidden = jnp.where(counted[..., None], arrays.head.hidden, 0)
+        arrays = arrays._replace(head=arrays.head._replace(hidden=hidden))
     strategy, plan = _plan(static, arrays.head)
     if strategy == "dense":
         return _on_logits(static, arrays)
@@ -527,6 +532,7 @@ def _per_example(
 def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
     """Which examples count, or None for all of them."""
     labels, ignored = arrays.labels, static.on_logits.ignore_index
+    batch = arrays.head.hidden.shape[:-1]
     masks = []
     if ignored is not None:
         # A value that the labels' dtype cannot hold is no label.
@@ -541,5 +547,5 @@ def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
     if not masks:
         return None
     return functools.reduce(
-        jnp.logical_and, [jnp.broadcast_to(mask, labels.shape) for mask in masks]
+        jnp.logical_and, [jnp.broadcast_to(mask, batch) for mask in masks]
     )

@@ -1,0 +1,1368 @@
+"""The fused loss of `hidden @ kernel`, against the exact value.
+
+The oracle takes the float64 product of the arguments as they were rounded, and the
+chain rule through that product is NumPy's.
+"""
+
+import ast
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+from test_cross_entropy import DIFFERENTIATED, confident, exact_derivatives
+from test_transforms import compilations
+from tolerances import accumulated, assert_gradient, assert_loss
+
+import jaxlosses as jl
+
+linear = jl.linear_softmax_cross_entropy
+
+# Neither is divided by its chunks, of which there are several at these workspaces.
+# With the smaller one the last of them are empty: 6 chunks of 3 examples, and 12 of 4
+# classes.
+B, D, V = 13, 8, 37
+WORKSPACE = 800
+SMALLER = 430
+
+STRATEGIES = ["tokens", "recompute", "vocab", "dense"]
+by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+# Classes are cut in the same way everywhere.
+by_strategy_and_place = pytest.mark.parametrize(
+    ("strategy", "local"),
+    [
+        ("tokens", False),
+        ("tokens", True),
+        ("recompute", False),
+        ("recompute", True),
+        ("vocab", False),
+        ("dense", False),
+    ],
+)
+
+# A logit is a sum of 8 products, each rounded to float32, and has an absolute error
+# of about 1e-6; probabilities have it as a relative one. It is measured by what is
+# summed, since terms of both signs may cancel.
+ERROR = {"float32": 1e-5, "float64": 1e-13}
+# Cotangents of logits are rounded to the dtype of the matmuls, and every gradient to
+# that of its argument.
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 0.0, "float64": 0.0}
+
+
+def head(
+    size: tuple[Any, int, int] = (B, D, V),
+    layout: str = "dv",
+    dtypes: tuple[str, str] = ("float32", "float32"),
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Hidden states, a kernel and labels whose logits are of order 1."""
+    rng = np.random.default_rng(seed)
+    examples, features, classes = size
+    batch = (examples,) if isinstance(examples, int) else examples
+    hidden = rng.standard_normal((*batch, features))
+    kernel = rng.standard_normal((features, classes)) / np.sqrt(features)
+    if layout == "vd":
+        kernel = kernel.T
+    return {
+        "hidden": hidden.astype(jnp.dtype(dtypes[0])),
+        "kernel": kernel.astype(jnp.dtype(dtypes[1])),
+        "labels": rng.integers(classes, size=batch, dtype=np.int32),
+    }
+
+
+def options_of(name: str, labels: np.ndarray, classes: int) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    exists = rng.uniform(size=classes) < 0.7
+    exists[labels.ravel()] = True
+    class_weights = rng.uniform(0.1, 3, classes)
+    class_weights[::5] = 0
+    weights = rng.uniform(0.1, 2, labels.shape)
+    weights.ravel()[::6] = 0
+    each: dict[str, dict[str, Any]] = {
+        "none": {},
+        "bias": {"bias": rng.standard_normal(classes)},
+        "class_weights": {"class_weights": class_weights},
+        "label_smoothing": {"label_smoothing": 0.1},
+        "smoothed class_weights": {
+            "class_weights": class_weights,
+            "label_smoothing": 0.1,
+        },
+        "z_loss": {"z_loss": 0.01},
+        "logit_softcap": {"logit_softcap": 2.0},
+        "logit_scale": {"logit_scale": -0.7},
+        "weights": {"weights": weights},
+        "where": {"where": exists},
+        "ignore_index": {"ignore_index": int(labels.ravel()[1])},
+    }
+    if name != "all":
+        return each[name]
+    return {k: v for option in each.values() for k, v in option.items()}
+
+
+OPTIONS = [
+    "none",
+    "bias",
+    "class_weights",
+    "label_smoothing",
+    "smoothed class_weights",
+    "z_loss",
+    "logit_softcap",
+    "logit_scale",
+    "weights",
+    "where",
+    "ignore_index",
+    "all",
+]
+
+
+def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside a `shard_map` arrays are known to be on one device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",))
+    everywhere = jax.sharding.PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+
+
+@functools.cache
+def compiled(static: tuple[tuple[str, Any], ...], local: bool) -> Callable[..., Any]:
+    """Value, what is returned beside it, and gradients as one program."""
+
+    def value_and_gradients(
+        differentiated: dict[str, jax.Array],
+        fixed: dict[str, jax.Array],
+        cotangent: jax.Array,
+    ) -> Any:
+        def loss(arrays: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+            out = linear(**arrays, **fixed, **dict(static))
+            return out if isinstance(out, tuple) else (out, ())
+
+        value, pull, stats = jax.vjp(loss, differentiated, has_aux=True)
+        return value, pull(cotangent)[0], stats
+
+    if local:
+        value_and_gradients = on_one_device(value_and_gradients)
+    # These tests wait for compilation, not for results.
+    fast = {"xla_backend_optimization_level": 0}
+    return jax.jit(value_and_gradients, compiler_options=fast)
+
+
+def check(
+    strategy: str,
+    given: dict[str, np.ndarray],
+    *,
+    local: bool = False,
+    layout: str = "dv",
+    workspace: int = WORKSPACE,
+    forward_mode: bool = False,
+    return_stats: bool = False,
+    **options: Any,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Loss and all gradients, after a comparison with the exact ones."""
+    hidden, kernel, labels = given["hidden"], given["kernel"], given["labels"]
+    dtypes = {hidden.dtype, kernel.dtype}
+    compute = kernel.dtype if len(dtypes) == 1 else np.dtype(np.float32)
+    wide = accumulated(compute.name)
+    arrays = {"hidden": hidden, "kernel": kernel}
+    if "bias" in options:
+        arrays["bias"] = np.asarray(options.pop("bias")).astype(kernel.dtype)
+    for name in DIFFERENTIATED:
+        if name in options:
+            options[name] = arrays[name] = np.asarray(options[name], wide)
+    fixed = {"labels": labels}
+    if options.get("where") is not None:
+        fixed["where"] = options["where"]
+    static = {
+        "strategy": strategy,
+        "workspace_bytes": workspace,
+        "kernel_layout": layout,
+        "forward_mode": forward_mode,
+        "return_stats": return_stats,
+    }
+    for name in ("ignore_index", "logit_softcap", "reduction"):
+        if name in options:
+            static[name] = options[name]
+
+    h, k = hidden.astype(np.float64), kernel.astype(np.float64)
+    k = k if layout == "dv" else k.T
+    features, classes = k.shape
+    bias = arrays.get("bias")
+    logits = h @ k + (0 if bias is None else bias.astype(np.float64))
+    on_logits = dict(options)
+    if "where" in on_logits:
+        on_logits["where"] = np.asarray(on_logits["where"])[None, :]
+    exact = oracle.loss(logits, labels, **on_logits)
+    cotangent = np.resize([1.0, -0.5, 2.0, -1.0, 0.25], exact.shape).astype(wide)
+
+    run = compiled(tuple(static.items()), local)
+    with jax.enable_x64(wide == np.float64):
+        loss, gradients, stats = run(arrays, fixed, cotangent)
+    assert loss.dtype == wide
+    assert loss.shape == exact.shape
+    error = ERROR[wide.name]
+    assert_near(loss, exact, error * (abs(exact) + spread(exact)), "loss")
+
+    derivatives = exact_derivatives(logits, labels, cotangent, on_logits)
+    dz, terms = derivatives.pop("logits")
+    derivatives["hidden"] = dz @ k.T, terms @ abs(k).T
+    dz, terms = dz.reshape(-1, classes), terms.reshape(-1, classes)
+    # Where nothing counts, neither do features that are NaN.
+    h = np.where(np.isfinite(h), h, 0).reshape(-1, features)
+    by_kernel = h.T @ dz, abs(h).T @ terms
+    if layout == "vd":
+        by_kernel = by_kernel[0].T, by_kernel[1].T
+    derivatives["kernel"] = by_kernel
+    derivatives["bias"] = dz.sum(0), terms.sum(0)
+    if "weights" in options:
+        # An example of weight 0 is left out, where the oracle has its loss.
+        out = options["weights"] == 0
+        derivatives["weights"] = tuple(
+            np.where(out, 0, x) for x in derivatives["weights"]
+        )
+    assert gradients.keys() == arrays.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arrays[name].dtype, name
+        value, size = derivatives[name]
+        # Which of the parameters a bad example spoils is not promised.
+        if np.isnan(exact).any() and name not in ("hidden", "weights"):
+            continue
+        allowed = error * (size + spread(size))
+        if name in ("hidden", "kernel"):
+            allowed += ROUNDING[compute.name] * size
+            if compute == np.float16:  # has no smaller steps
+                allowed += 2.0**-24 * np.max(abs(h if name == "kernel" else k)) * 8
+        allowed += ROUNDING[gradient.dtype.name] * abs(value)
+        assert_near(gradient, value, allowed, f"gradient by {name}")
+    if return_stats:
+        check_stats(stats, logits, labels, error, on_logits)
+    return np.asarray(loss), {k: np.asarray(v) for k, v in gradients.items()}
+
+
+def spread(size: Any) -> Any:
+    """Where the terms of one entry are small, those of the others count a little."""
+    size = np.where(np.isfinite(size), abs(size), 0)
+    return 0.1 * np.max(size, initial=0)
+
+
+def assert_near(actual: Any, exact: Any, allowed: Any, what: str) -> None:
+    actual, exact = np.asarray(actual).astype(np.float64), np.asarray(exact)
+    assert actual.shape == exact.shape, (what, actual.shape, exact.shape)
+    with np.errstate(invalid="ignore"):
+        error = abs(actual - exact)
+        fine = (error <= allowed) | (actual == exact)
+    fine |= np.isnan(actual) & np.isnan(exact)
+    if not np.all(fine):
+        worst = np.where(fine, 0, np.nan_to_num(error / allowed, nan=np.inf))
+        at = tuple(int(i) for i in np.unravel_index(worst.argmax(), worst.shape))
+        raise AssertionError(
+            f"{what} at {at}: got {actual[at]:.9g}, exact is {exact[at]:.17g}: "
+            f"{worst[at]:.3g} times the error allowed. {(~fine).sum()} of {fine.size} "
+            "entries are wrong."
+        )
+
+
+def check_stats(
+    stats: jl.Stats,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    error: float,
+    options: dict[str, Any],
+) -> None:
+    """Metrics of the examples that count; zero where one does not."""
+    z, cap = logits, options.get("logit_softcap")
+    if cap is not None:
+        z = cap * np.tanh(z / cap)
+    z = z * float(options.get("logit_scale", 1.0))
+    z = np.where(options.get("where", True), z, -np.inf)
+    counts = labels != options.get("ignore_index")
+    counts &= np.asarray(options.get("weights", np.ones(labels.shape))) != 0
+    lse = np.where(counts, np.log(np.exp(z).sum(-1)), 0)
+    plain = {
+        k: options[k]
+        for k in ("where", "ignore_index", "logit_softcap", "logit_scale")
+        if k in options
+    }
+    nll = np.where(counts, oracle.loss(logits, labels, **plain), 0)
+    penalty = float(options.get("z_loss", 0.0)) * lse**2
+    assert_near(stats.lse, lse, error * (abs(lse) + spread(lse)), "lse")
+    assert_near(stats.nll, nll, error * (nll + spread(nll)), "nll")
+    assert_near(stats.z_loss, penalty, error * (penalty + spread(penalty)), "z_loss")
+    np.testing.assert_array_equal(
+        np.asarray(stats.predicted)[counts], z.argmax(-1)[counts]
+    )
+    np.testing.assert_array_equal(stats.correct, counts & (z.argmax(-1) == labels))
+
+
+# Value and gradients
+
+REDUCTIONS = ["none", "sum", "mean"]
+
+
+def turn(strategy: str, option: str) -> dict[str, Any]:
+    """Layout, place, workspace and reduction, all of which come up."""
+    i = OPTIONS.index(option)
+    j = i + STRATEGIES.index(strategy)
+    reductions = REDUCTIONS[1:] if strategy == "tokens" else REDUCTIONS
+    return {
+        "layout": ("dv", "vd")[j % 2],
+        "local": (i // 2) % 2 == 1,
+        "workspace": (WORKSPACE, SMALLER)[(i // 4) % 2],
+        "reduction": reductions[j % len(reductions)],
+        "return_stats": option == "all",
+    }
+
+
+# On all logits at once, options are those of the integer loss.
+OF_DENSE = ("none", "bias", "weights", "where", "ignore_index", "all")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    [(s, o) for s in STRATEGIES for o in OPTIONS if s != "dense" or o in OF_DENSE],
+)
+def test_value_and_every_gradient_are_exact(strategy: str, option: str) -> None:
+    given = head(layout=turn(strategy, option)["layout"])
+    check(
+        strategy,
+        given,
+        **turn(strategy, option),
+        **options_of(option, given["labels"], V),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "recompute"])
+def test_strided_chunks_have_the_stats_of_their_examples(strategy: str) -> None:
+    given = head(layout="vd")
+    options = options_of("all", given["labels"], V) | {"reduction": "mean"}
+    check(strategy, given, layout="vd", return_stats=True, **options)
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "vocab"])
+def test_the_forward_rule_has_the_same_value_and_gradients(strategy: str) -> None:
+    given = head()
+    options = options_of("all", given["labels"], V)
+    check(strategy, given, local=True, forward_mode=True, **options)
+
+
+SIZES: dict[str, tuple[Any, int, int]] = {
+    "one example": (1, D, V),
+    "one class": (5, D, 1),
+    "one feature": (5, 1, V),
+    "one chunk": (3, 2, 5),
+    "no batch axis": ((), D, V),
+    "two batch axes": ((2, 7), D, V),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_at_the_edge_are_exact(name: str, strategy: str) -> None:
+    i = list(SIZES).index(name) + STRATEGIES.index(strategy)
+    given = head(SIZES[name], layout := ("dv", "vd")[i % 2])
+    options: dict[str, Any] = {"reduction": "sum", "logit_scale": 0.7}
+    if name != "one chunk":
+        options["workspace"] = 100
+    check(strategy, given, layout=layout, local=i % 3 == 0, **options)
+
+
+@by_strategy
+def test_no_example_is_a_loss_of_zero(strategy: str) -> None:
+    given = head((0, D, V))
+    bias, weights = np.ones(V), np.ones(0)
+    options = {"bias": bias, "weights": weights, "reduction": "mean"}
+    loss, gradients = check(strategy, given, **options)
+    assert_all_zero(loss, *gradients.values())
+
+
+DTYPES = {
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "float16": ("float16", "float16"),
+    "float64": ("float64", "float64"),
+    "bfloat16 features": ("bfloat16", "float32"),
+    "bfloat16 kernel": ("float32", "bfloat16"),
+}
+
+
+@by_strategy
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_is_accumulated_in_a_wide_one(name: str, strategy: str) -> None:
+    i = list(DTYPES).index(name) + STRATEGIES.index(strategy)
+    layout = ("dv", "vd")[i % 2]
+    given = head(layout=layout, dtypes=DTYPES[name])
+    options = {"bias": np.linspace(-1, 1, V), "z_loss": 0.01, "reduction": "mean"}
+    promotion = "standard" if " " in name else "strict"
+    with jax.numpy_dtype_promotion(promotion):
+        check(strategy, given, layout=layout, local=i % 3 == 0, **options)
+
+
+def test_two_dtypes_are_promoted_under_strict_promotion() -> None:
+    check("dense", head(dtypes=("bfloat16", "float32")))
+
+
+@by_strategy
+def test_a_class_of_bias_minus_infinity_has_no_probability(strategy: str) -> None:
+    given = head()
+    given["labels"] %= 20
+    # Whole chunks of them.
+    bias = np.where(np.arange(V) < 20, 0, -np.inf)
+    loss, gradients = check(strategy, given, bias=bias, z_loss=0.01, reduction="sum")
+    assert np.isfinite(loss)
+    assert_all_zero(gradients["bias"][20:], gradients["kernel"][:, 20:])
+
+
+def assert_all_zero(*arrays: Any) -> None:
+    for array in arrays:
+        assert np.all(np.asarray(array) == 0), array
+
+
+# Defects of peers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@by_strategy
+def test_ragged_chunks_carry_no_probability_and_lose_no_digits(
+    strategy: str, dtype: str
+) -> None:
+    classes = 2049
+    given = head((3, 4, classes), dtypes=(dtype, dtype))
+    given["hidden"] = 0 * given["hidden"]
+    options = {"reduction": "mean", "workspace": 10_000, "local": dtype == "bfloat16"}
+    loss, _ = check(strategy, given, **options)
+    # A padded column would count as a logit of zero.
+    np.testing.assert_allclose(loss, np.log(classes), rtol=1e-6)
+
+
+@by_strategy_and_place
+def test_no_example_of_the_last_chunk_counts_twice(strategy: str, local: bool) -> None:
+    def by_bias(hidden: jax.Array, labels: jax.Array, bias: jax.Array) -> Any:
+        def loss(bias: jax.Array) -> jax.Array:
+            return linear(
+                hidden,
+                jnp.ones((D, 5)),
+                labels,
+                bias,
+                strategy=strategy,
+                workspace_bytes=4 * 5 * 4,
+                reduction="sum",
+            )
+
+        return jax.value_and_grad(loss)(bias)
+
+    run = jax.jit(on_one_device(by_bias) if local else by_bias)
+    for examples in (5, 7):
+        labels = np.arange(examples, dtype=np.int32) % 5
+        loss, gradient = run(
+            np.ones((examples, D), np.float32), labels, np.zeros(5, np.float32)
+        )
+        np.testing.assert_allclose(loss, examples * np.log(5), rtol=1e-6)
+        expected = examples / 5 - np.bincount(labels, minlength=5)
+        np.testing.assert_allclose(gradient, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workspace"), [("tokens", 60), ("recompute", 60), ("vocab", 18)]
+)
+def test_a_last_chunk_that_only_overlaps_adds_nothing(
+    strategy: str, workspace: int
+) -> None:
+    # Six chunks of two of ten classes, of the kernel's gradient or of the logits.
+    local = strategy != "vocab"
+    check(strategy, head((1, 1, 10)), workspace=workspace, reduction="sum", local=local)
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "recompute"])
+def test_a_bfloat16_gradient_of_the_kernel_sums_in_float32(strategy: str) -> None:
+    given = head((1000, 2, 3), dtypes=("bfloat16", "bfloat16"))
+    given["hidden"] = (1 + 0.1 * given["hidden"]).astype(jnp.bfloat16)
+    given["labels"][:] = 1
+    # One example at a time: a sum in bfloat16 would stop at a quarter.
+    check(strategy, given, reduction="sum", workspace=1)
+
+
+def test_a_bfloat16_gradient_of_the_features_sums_in_float32() -> None:
+    given = head((3, 2, 1000), dtypes=("bfloat16", "bfloat16"))
+    given["kernel"] = (1 + 0.1 * given["kernel"]).astype(jnp.bfloat16)
+    # One class at a time.
+    check("vocab", given, workspace=1)
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "vocab"])
+def test_a_saturated_cap_has_its_derivative(strategy: str) -> None:
+    given = head(seed=3)
+    given["hidden"] *= 3
+    loss, gradients = check(strategy, given, logit_softcap=1.5, reduction="sum")
+    _, uncapped = check(strategy, given, reduction="sum")
+    assert loss < B * np.log(V * np.exp(3))
+    size = {
+        k: np.abs(g["kernel"]).sum() for k, g in (("cap", gradients), ("", uncapped))
+    }
+    assert size["cap"] < size[""]
+
+
+IGNORED = np.arange(B) % 3 == 1
+
+
+@by_strategy_and_place
+def test_an_ignored_example_leaves_no_trace(strategy: str, local: bool) -> None:
+    given = head()
+    given["labels"][IGNORED] = -100
+    options = {"ignore_index": -100, "reduction": "sum", "z_loss": 0.01}
+    loss, gradients = check(strategy, given, local=local, **options)
+    assert_all_zero(gradients["hidden"][IGNORED])
+    without = {k: v if k == "kernel" else v[~IGNORED] for k, v in given.items()}
+    run = compiled(
+        (("reduction", "sum"), ("z_loss", 0.01), ("strategy", "dense")), False
+    )
+    alone, alone_gradients, _ = run(
+        {"hidden": without["hidden"], "kernel": without["kernel"]},
+        {"labels": without["labels"]},
+        np.ones((), np.float32),
+    )
+    np.testing.assert_allclose(loss, alone, rtol=2e-6)
+    np.testing.assert_allclose(
+        gradients["kernel"], alone_gradients["kernel"], rtol=1e-5, atol=1e-5
+    )
+
+
+@by_strategy_and_place
+def test_nan_features_of_an_example_that_does_not_count_are_harmless(
+    strategy: str, local: bool
+) -> None:
+    given = head()
+    # Seven count: the second chunk of four has one that does not.
+    weights = np.where(np.isin(np.arange(B), [2, 3]), 0, 1.5)
+    out = IGNORED | (weights == 0)
+    given["labels"][IGNORED] = -100
+    given["hidden"][out] = np.nan
+    options = {"ignore_index": -100, "weights": weights, "reduction": "mean"}
+    loss, gradients = check(strategy, given, local=local, **options)
+    assert np.isfinite(loss)
+    assert_all_zero(gradients["hidden"][out], gradients["weights"][out])
+    assert np.all(np.isfinite(gradients["kernel"]))
+
+
+BAD = [0, 3, 12]
+
+
+@by_strategy_and_place
+def test_an_invalid_label_is_nan_in_its_row_alone(strategy: str, local: bool) -> None:
+    given = head()
+    exists = np.arange(V) != 7
+    given["labels"] = np.where(given["labels"] == 7, 8, given["labels"])
+    given["labels"][BAD] = [-1, V, 7]
+    given["labels"][5] = -100
+    options = {"where": exists, "ignore_index": -100}
+    reduction = "sum" if strategy == "tokens" else "none"
+    loss, gradients = check(
+        strategy, given, local=local, reduction=reduction, return_stats=False, **options
+    )
+    bad = np.isin(np.arange(B), BAD)
+    assert np.all(np.isnan(gradients["hidden"]) == bad[:, None])
+    assert np.array_equal(np.isnan(loss), bad if loss.ndim else True)
+
+
+@by_strategy
+def test_nan_features_of_a_counted_example_are_nan_in_its_row_alone(
+    strategy: str,
+) -> None:
+    given = head()
+    given["hidden"][4, 2] = np.nan
+    reduction = "sum" if strategy == "tokens" else "none"
+    loss, gradients = check(strategy, given, reduction=reduction, label_smoothing=0.1)
+    bad = np.arange(B) == 4
+    assert np.all(np.isnan(gradients["hidden"]) == bad[:, None])
+    assert np.array_equal(np.isnan(loss), bad if loss.ndim else True)
+
+
+# Digits of a confident model
+
+
+@by_strategy
+@pytest.mark.parametrize("option", ["none", "all"])
+def test_every_digit_is_right_up_to_80_nats(option: str, strategy: str) -> None:
+    logits, labels = confident(10)
+    # A product with the identity is exact.
+    arrays = {"hidden": logits, "kernel": np.eye(10, dtype=np.float32)}
+    options: dict[str, Any] = {}
+    if option == "all":
+        class_weights = np.linspace(0.5, 2, 10).astype(np.float32)
+        options = {"class_weights": class_weights, "z_loss": np.float32(1e-3)}
+        options["label_smoothing"] = np.float32(0.1)
+        arrays |= options
+    exact = oracle.loss(logits, labels, **options)
+    reduction = "sum" if strategy == "tokens" else "none"
+    static = {"strategy": strategy, "workspace_bytes": 1300, "reduction": reduction}
+    cotangent = np.resize([1.0, -0.5, 2.0], exact.shape).astype(np.float32)
+    run = compiled(tuple(static.items()), False)
+    if strategy == "tokens":
+        # Row by row, or the largest would hide the others.
+        rows = [
+            run(arrays | {"hidden": logits[i, None]}, {"labels": labels[i, None]}, g)
+            for i, g in enumerate(cotangent)
+        ]
+        loss = np.stack([row[0] for row in rows])
+        gradient = np.concatenate([row[1]["hidden"] for row in rows])
+    else:
+        loss, gradients, _ = run(arrays, {"labels": labels}, cotangent)
+        gradient = gradients["hidden"]
+    assert_loss(loss, exact, "float32")
+    value, terms = exact_derivatives(logits, labels, cotangent, options)["logits"]
+    assert_gradient(gradient, value, "float32", terms)
+
+
+# Wrong arguments
+
+FLOATS = "one of float16, bfloat16, float32, float64"
+DV = 'kernel_layout="dv" is (features, classes).'
+VD = 'kernel_layout="vd" is (classes, features).'
+TO_VD = ' For the transposed matrix pass kernel_layout="vd".'
+TO_DV = ' For the transposed matrix pass kernel_layout="dv".'
+HAS_DV = "expected (features, classes) with 3 features, as hidden has."
+HAS_VD = "expected (classes, features) with 3 features, as hidden has."
+LAYOUTS = (
+    'expected one of "dv", "vd". "dv" is the kernel of a Dense layer, (features, '
+    'classes); "vd" an embedding table, (classes, features).'
+)
+OF_LOGITS = "for logits of shape (4, 6)."
+DISTRIBUTIONS = jnp.full((4, 6), 1 / 6)
+ONLY_IDS = (
+    '"dense" or "auto". Distributions are as large as the logits; the other '
+    "strategies take class ids."
+)
+ONE_PASS = (
+    'expected reduction="sum" or "mean". It forms the gradient of a sum in one pass. '
+    'Pass strategy="recompute" for one loss per example.'
+)
+
+
+def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "hidden of integers": (
+        {"hidden": zeros(4, 3, dtype=jnp.int32)},
+        TypeError,
+        f"hidden: got dtype int32, expected {FLOATS}. Convert it: "
+        "hidden.astype(jnp.float32).",
+    ),
+    "a scalar hidden": (
+        {"hidden": zeros()},
+        ValueError,
+        "hidden: got shape (), expected an array with a feature axis. It has the "
+        "shape (batch, features).",
+    ),
+    "hidden as a string": (
+        {"hidden": "x"},
+        TypeError,
+        "hidden: got 'x' of type str, expected an array, or numbers that jnp.asarray "
+        "converts to one. Pass a JAX or NumPy array.",
+    ),
+    "kernel of booleans": (
+        {"kernel": zeros(3, 6, dtype=jnp.bool_)},
+        TypeError,
+        f"kernel: got dtype bool, expected {FLOATS}. Convert it: "
+        "kernel.astype(jnp.float32).",
+    ),
+    "kernel of one axis": (
+        {"kernel": zeros(3)},
+        ValueError,
+        "kernel: got shape (3,), expected an array with two axes. It has the shape "
+        "(features, classes).",
+    ),
+    "kernel of three axes": (
+        {"kernel": zeros(1, 3, 6)},
+        ValueError,
+        f"kernel: got shape (1, 3, 6), {HAS_DV} {DV}",
+    ),
+    "kernel of other features": (
+        {"kernel": zeros(5, 6)},
+        ValueError,
+        f"kernel: got shape (5, 6), {HAS_DV} {DV}",
+    ),
+    "an embedding table as the kernel of a layer": (
+        {"kernel": zeros(6, 3)},
+        ValueError,
+        f"kernel: got shape (6, 3), {HAS_DV} {DV}{TO_VD}",
+    ),
+    "the kernel of a layer as an embedding table": (
+        {"kernel": zeros(3, 6), "kernel_layout": "vd"},
+        ValueError,
+        f"kernel: got shape (3, 6), {HAS_VD} {VD}{TO_DV}",
+    ),
+    "unknown kernel_layout": (
+        {"kernel_layout": "DV"},
+        ValueError,
+        f"kernel_layout: got 'DV', {LAYOUTS}",
+    ),
+    "kernel_layout None": (
+        {"kernel_layout": None},
+        ValueError,
+        f"kernel_layout: got None, {LAYOUTS}",
+    ),
+    "bias of one number": (
+        {"bias": zeros()},
+        ValueError,
+        "bias: got shape (), expected (6,), one per class. Give one value per class.",
+    ),
+    "bias with a batch axis": (
+        {"bias": zeros(1, 6)},
+        ValueError,
+        "bias: got shape (1, 6), expected (6,), one per class. Give one value per "
+        "class.",
+    ),
+    "bias of integers": (
+        {"bias": zeros(6, dtype=jnp.int32)},
+        TypeError,
+        "bias: got dtype int32, expected a floating dtype. Convert it: "
+        "bias.astype(jnp.float32).",
+    ),
+    "where of floats": (
+        {"where": zeros(6)},
+        TypeError,
+        "where: got dtype float32, expected bool. Compare it: mask != 0.",
+    ),
+    "where with a batch axis": (
+        {"where": zeros(1, 6, dtype=jnp.bool_)},
+        ValueError,
+        "where: got shape (1, 6), expected (6,), one flag per class. Mask examples "
+        "with ignore_index, or with weights of 0.",
+    ),
+    "where of the batch": (
+        {"where": zeros(4, dtype=jnp.bool_)},
+        ValueError,
+        "where: got shape (4,), expected (6,), one flag per class. Mask examples "
+        "with ignore_index, or with weights of 0.",
+    ),
+    "labels with an axis of one": (
+        {"labels": zeros(4, 1, dtype=jnp.int32)},
+        ValueError,
+        f"labels: got shape (4, 1), expected (4,) {OF_LOGITS} Drop the last axis: "
+        "labels[:, 0].",
+    ),
+    "too few labels": (
+        {"labels": zeros(3, dtype=jnp.int32)},
+        ValueError,
+        f"labels: got shape (3,), expected (4,) {OF_LOGITS} Give one class id per "
+        "example.",
+    ),
+    "boolean labels": (
+        {"labels": zeros(4, dtype=jnp.bool_)},
+        TypeError,
+        "labels: got dtype bool, expected an integer dtype (class ids). For 0/1 "
+        "labels convert with labels.astype(jnp.int32).",
+    ),
+    "distributions over other classes": (
+        {"labels": zeros(4, 5)},
+        ValueError,
+        f"labels: got shape (4, 5), expected (4, 6), or 1 on a batch axis, {OF_LOGITS} "
+        "Give one weight per class and example.",
+    ),
+    "unknown strategy": (
+        {"strategy": "Tokens"},
+        ValueError,
+        "strategy: got 'Tokens', expected one of 'auto', 'tokens', 'recompute', "
+        "'vocab', 'dense'. \"auto\" chooses; the docstring says how.",
+    ),
+    "strategy None": (
+        {"strategy": None},
+        ValueError,
+        "strategy: got None, expected one of 'auto', 'tokens', 'recompute', "
+        "'vocab', 'dense'. \"auto\" chooses; the docstring says how.",
+    ),
+    "tokens with one loss per example": (
+        {"strategy": "tokens", "reduction": "none"},
+        ValueError,
+        f'strategy: got "tokens" with reduction="none", {ONE_PASS}',
+    ),
+    "tokens in forward mode": (
+        {"strategy": "tokens", "reduction": "sum", "forward_mode": True},
+        ValueError,
+        'strategy: got "tokens" with forward_mode=True, expected "recompute", '
+        '"vocab", "dense" or "auto". Its pass forms a reverse-mode gradient.',
+    ),
+    "workspace_bytes as a float": (
+        {"workspace_bytes": 1e9},
+        TypeError,
+        "workspace_bytes: got 1000000000.0, expected an int or None. Pass a number of "
+        "bytes, such as 2**28.",
+    ),
+    "workspace_bytes as a bool": (
+        {"workspace_bytes": True},
+        TypeError,
+        "workspace_bytes: got True, expected an int or None. Pass a number of bytes, "
+        "such as 2**28.",
+    ),
+    "workspace_bytes of zero": (
+        {"workspace_bytes": 0},
+        ValueError,
+        "workspace_bytes: got 0, expected a number above 0, or None. None takes the "
+        "default of the platform.",
+    ),
+    "ignore_index for distributions": (
+        {"labels": DISTRIBUTIONS, "ignore_index": -100},
+        ValueError,
+        "ignore_index: got -100 with labels that are distributions, expected None. "
+        "Leave examples out with weights of 0.",
+    ),
+    "weights of the classes": (
+        {"weights": zeros(6)},
+        ValueError,
+        "weights: got shape (6,), expected (4,), one per example. Give one weight per "
+        "example, or a constant through jnp.full.",
+    ),
+    "too few class_weights": (
+        {"class_weights": zeros(4)},
+        ValueError,
+        "class_weights: got shape (4,), expected (6,), one per class. Give one weight "
+        "per class, in the order of the class ids.",
+    ),
+}
+MISTAKES |= {
+    f"distributions in chunks of {name}": (
+        {"labels": DISTRIBUTIONS, "strategy": name, "reduction": "sum"},
+        ValueError,
+        f'strategy: got "{name}" with labels that are distributions, expected '
+        + ONLY_IDS,
+    )
+    for name in ("tokens", "recompute", "vocab")
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_message_says_what_came_what_was_expected_and_the_fix(name: str) -> None:
+    arguments, error, message = MISTAKES[name]
+    given = {"hidden": zeros(4, 3), "kernel": zeros(3, 6)}
+    given |= {"labels": zeros(4, dtype=jnp.int32)} | arguments
+    arrays = {k: v for k, v in given.items() if isinstance(v, jax.Array)}
+    static = {k: v for k, v in given.items() if k not in arrays}
+    with pytest.raises(error) as called:
+        linear(**given)
+    with pytest.raises(error) as traced:
+        jax.eval_shape(lambda arrays: linear(**static, **arrays), arrays)
+    assert type(called.value) is type(traced.value) is error
+    assert str(called.value) == str(traced.value) == message
+
+
+def test_distributions_are_taken_as_they_are_on_logits() -> None:
+    given = head((5, D, 6))
+    h, k = (given[name].astype(np.float64) for name in ("hidden", "kernel"))
+    labels = np.random.default_rng(2).uniform(size=(5, 6)).astype(np.float32)
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return linear(hidden, kernel, labels, workspace_bytes=1, reduction="mean")
+
+    arguments = given["hidden"], given["kernel"], labels
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arguments)
+    exact = oracle.gradients(h @ k, labels, reduction="mean")
+    dz = exact["logits"]
+    np.testing.assert_allclose(
+        value, oracle.loss(h @ k, labels, reduction="mean"), rtol=1e-5
+    )
+    for got, want in zip(gradients, (dz @ k.T, h.T @ dz, exact["labels"]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+# Transformations
+
+SMALL = (5, 3, 7)
+SMALL_OPTIONS = {"z_loss": 0.05, "label_smoothing": 0.1, "logit_scale": 1.3}
+
+
+def small_loss(
+    strategy: str, labels: Any, **static: Any
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A loss of hidden states and kernel, in several chunks."""
+    static = {"workspace_bytes": 100, "reduction": "sum"} | SMALL_OPTIONS | static
+    labels = jnp.asarray(labels)
+    return lambda hidden, kernel: linear(
+        hidden, kernel, labels, strategy=strategy, **static
+    )
+
+
+def exact_gradients(
+    hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    h, k = hidden.astype(np.float64), kernel.astype(np.float64)
+    options = SMALL_OPTIONS | {"reduction": "sum"} | options
+    dz = oracle.gradients(h @ k, labels, **options)["logits"]
+    return dz @ k.T, h.T @ dz
+
+
+def exact_product(
+    given: dict[str, np.ndarray], vectors: tuple[np.ndarray, ...], **options: Any
+) -> list[np.ndarray]:
+    """The Hessian times vectors, by differences of exact gradients."""
+    step = 1e-5
+    point = [given[name].astype(np.float64) for name in ("hidden", "kernel")]
+    ahead, behind = (
+        exact_gradients(
+            *(a + t * v for a, v in zip(point, vectors, strict=True)),
+            given["labels"],
+            **options,
+        )
+        for t in (step, -step)
+    )
+    return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+
+
+def tangents_of(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(7)
+    return tuple(rng.standard_normal(a.shape).astype(a.dtype) for a in arrays)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
+def test_gradients_match_differences_to_second_order(strategy: str) -> None:
+    given = head((3, 2, 5), dtypes=("float64", "float64"))
+    with jax.enable_x64(True):
+        arrays = {name: jnp.asarray(given[name]) for name in ("hidden", "kernel")}
+        arrays |= {"bias": jnp.linspace(-1, 1, 5), "logit_scale": jnp.asarray(1.3)}
+        static = {"workspace_bytes": 200, "reduction": "mean", "strategy": strategy}
+        static |= {"z_loss": 0.05, "label_smoothing": 0.1}
+        labels = jnp.asarray(given["labels"])
+        loss = jax.jit(lambda tree: linear(**tree, labels=labels, **static))
+        check_grads(loss, (arrays,), 2, modes=("rev",), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "local"),
+    [
+        ("tokens", True),
+        ("tokens", False),
+        ("recompute", True),
+        ("vocab", False),
+        ("dense", False),
+    ],
+)
+def test_hessian_vector_products_match_exact_differences(
+    strategy: str, local: bool
+) -> None:
+    given = head(SMALL)
+    given["labels"][2] = -100
+    labels, vectors = given["labels"], tangents_of(given["hidden"], given["kernel"])
+    loss = small_loss(strategy, labels, ignore_index=-100)
+    gradient = jax.grad(loss, (0, 1))
+
+    def products(hidden: jax.Array, kernel: jax.Array, vectors: Any) -> Any:
+        def along(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+            pairs = zip(gradient(hidden, kernel), vectors, strict=True)
+            return sum(jnp.sum(g * v) for g, v in pairs)
+
+        forward = jax.jvp(gradient, (hidden, kernel), vectors)[1]
+        return forward, jax.grad(along, (0, 1))(hidden, kernel)
+
+    run = jax.jit(on_one_device(products) if local else products)
+    got = run(given["hidden"], given["kernel"], vectors)
+    exact = exact_product(given, vectors, ignore_index=-100)
+    for way, product in zip(
+        ("forward over reverse", "reverse twice"), got, strict=True
+    ):
+        for have, want in zip(product, exact, strict=True):
+            np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5, err_msg=way)
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
+def test_forward_mode_serves_jvp_linearize_and_jacfwd(strategy: str) -> None:
+    given = head(SMALL)
+    labels, point = given["labels"], (given["hidden"], given["kernel"])
+    vectors = tangents_of(*point)
+    loss = small_loss(strategy, labels, forward_mode=True, reduction="none")
+    h, k, dh, dk = (a.astype(np.float64) for a in (*point, *vectors))
+    options = SMALL_OPTIONS | {"reduction": "none"}
+    dz = oracle.gradients(h @ k, labels, **options)["logits"]
+    value, exact = (
+        oracle.loss(h @ k, labels, **options),
+        (dz * (dh @ k + h @ dk)).sum(-1),
+    )
+    got, tangent = jax.jit(functools.partial(jax.jvp, loss))(point, vectors)
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    np.testing.assert_allclose(tangent, exact, rtol=1e-5, atol=1e-5)
+    _, push = jax.linearize(jax.jit(loss), *point)
+    np.testing.assert_allclose(push(*vectors), exact, rtol=1e-5, atol=1e-5)
+    jacobian = jax.jit(jax.jacfwd(loss))(*point)
+    each = dz @ k.T
+    np.testing.assert_allclose(
+        jacobian, each[:, None, :] * np.eye(5)[:, :, None], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
+def test_forward_mode_serves_second_derivatives(strategy: str) -> None:
+    given = head(SMALL)
+    point = given["hidden"], given["kernel"]
+    vectors = tangents_of(*point)
+    loss = small_loss(strategy, given["labels"], forward_mode=True)
+
+    def along(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.jvp(loss, (hidden, kernel), vectors)[1]
+
+    @jax.jit
+    def products(*point: jax.Array) -> Any:
+        twice = jax.jvp(along, point, vectors)[1]
+        over_reverse = jax.jvp(jax.grad(loss, (0, 1)), point, vectors)[1]
+        return twice, jax.grad(along, (0, 1))(*point), over_reverse
+
+    twice, *others = products(*point)
+    exact = exact_product(given, vectors)
+    pairs = zip(exact, vectors, strict=True)
+    np.testing.assert_allclose(twice, sum(np.sum(a * v) for a, v in pairs), rtol=2e-5)
+    for product in others:
+        for have, want in zip(product, exact, strict=True):
+            np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "scan", "checkpoint"])
+@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
+def test_transformed_losses_are_exact(strategy: str, transform: str) -> None:
+    given = head(((2, 5), 3, 7))
+    labels = jnp.asarray(given["labels"]).at[1, 3].set(-100)
+    local = transform != "vmap" and strategy in ("tokens", "recompute")
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return small_loss(strategy, labels, ignore_index=-100)(hidden, kernel)
+
+    def total(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        if transform == "vmap":
+            return jnp.sum(jax.vmap(loss, (0, None, 0))(hidden, kernel, labels))
+        if transform == "checkpoint":
+            flat = hidden.reshape(-1, 3), kernel, labels.ravel()
+            return jax.checkpoint(loss)(*flat)
+
+        def body(so_far: jax.Array, step: Any) -> tuple[jax.Array, None]:
+            return so_far + loss(step[0], kernel, step[1]), None
+
+        return jax.lax.scan(
+            body, loss(hidden[0], kernel, labels[0]), (hidden[1:], labels[1:])
+        )[0]
+
+    run = jax.value_and_grad(total, (0, 1))
+    value, gradients = jax.jit(on_one_device(run) if local else run)(
+        given["hidden"], given["kernel"]
+    )
+    h, k = given["hidden"].reshape(-1, 3), given["kernel"]
+    ids = np.asarray(labels).ravel()
+    options = SMALL_OPTIONS | {"ignore_index": -100, "reduction": "sum"}
+    z = h.astype(np.float64) @ k.astype(np.float64)
+    np.testing.assert_allclose(value, oracle.loss(z, ids, **options), rtol=1e-5)
+    by_hidden, by_kernel = exact_gradients(h, k, ids, ignore_index=-100)
+    np.testing.assert_allclose(
+        gradients[0].reshape(-1, 3), by_hidden, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(gradients[1], by_kernel, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "traced"),
+    [
+        ("tokens", False),
+        ("tokens", True),
+        ("recompute", True),
+        ("vocab", False),
+        ("dense", True),
+    ],
+)
+def test_other_values_of_options_compile_nothing(strategy: str, traced: bool) -> None:
+    given = head((6, 3, 7))  # a size of its own
+
+    def gradient(**options: float) -> jax.Array:
+        options = {k: jnp.float32(x) if traced else x for k, x in options.items()}
+        loss = small_loss(strategy, given["labels"], **options)
+        return jax.grad(loss)(given["hidden"], given["kernel"])
+
+    with compilations() as events:
+        before = gradient(z_loss=1e-4, label_smoothing=0.1, logit_scale=0.5)
+    assert events, "the listener must hear the first compilation"
+    with compilations() as events:
+        after = gradient(z_loss=1e-3, label_smoothing=0.2, logit_scale=2.0)
+    assert events == []
+    assert not np.allclose(before, after, rtol=1e-3)
+
+
+# Work and memory
+
+
+def dots(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Types of the results of all matmuls that the compiled function runs."""
+    lowered = jax.jit(function).lower(*arguments)
+    text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
+    return re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", text)
+
+
+@by_strategy
+def test_a_frozen_kernel_costs_no_matmul(strategy: str) -> None:
+    given = head((256, 64, 512))
+    point = given["hidden"], given["kernel"]
+    labels = given["labels"]
+    loss = small_loss(strategy, labels, workspace_bytes=2**18)
+    forward = 2 if strategy in ("recompute", "vocab") else 1
+    both = dots(jax.grad(loss, (0, 1)), *point)
+    assert len(both) == forward + 2, both
+    by_hidden = dots(jax.grad(loss, 0), *point)
+    assert len(by_hidden) == forward + 1, by_hidden
+    by_kernel = dots(jax.grad(loss, 1), *point)
+    assert len(by_kernel) == forward + 1, by_kernel
+
+
+MEMORY = [
+    (b, 64, v, strategy, workspace)
+    for strategy in ("tokens", "recompute", "vocab")
+    for b, v, workspace in [
+        (2048, 8192, 2**22),
+        (8192, 8192, 2**22),
+        (2048, 32768, 2**22),
+        (2048, 8192, 2**24),
+    ]
+    if strategy != "recompute" or workspace == 2**22
+]
+
+
+def temporary_bytes(b: int, d: int, v: int, strategy: str, workspace: int) -> int:
+    """What XLA allocates for value and gradient of a float32 mean, beside them."""
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        static = {"strategy": strategy, "workspace_bytes": workspace}
+        return linear(hidden, kernel, labels, reduction="mean", **static)
+
+    arrays = [((b, d), jnp.float32), ((d, v), jnp.float32), ((b,), jnp.int32)]
+    shapes = [jax.ShapeDtypeStruct(*a) for a in arrays]
+    lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def temporaries() -> dict[tuple[int, int, int, str, int], int]:
+    """`temporary_bytes` of each case where JAX has one CPU device, as users have."""
+    folder = pathlib.Path(__file__).parent
+    code = "import test_linear as t; print([t.temporary_bytes(*c) for c in t.MEMORY])"
+    paths = [str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+        },
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return dict(zip(MEMORY, ast.literal_eval(run.stdout), strict=True))
+
+
+@pytest.mark.parametrize("case", MEMORY, ids=str)
+def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> None:
+    examples, features, classes, strategy, workspace = case
+    hidden, kernel = 4 * examples * features, 4 * features * classes
+    # The gradient of the hidden states, and their copy where chunks do not divide the
+    # examples; the sum of the kernel's gradient beside its result.
+    accumulators = hidden if strategy == "vocab" else 2 * hidden + kernel
+    assert temporaries()[case] <= workspace + accumulators + 2**20
+
+
+def test_memory_does_not_grow_with_the_logits() -> None:
+    size = temporaries()
+    few, many = ((2048, 64, v, "vocab", 2**22) for v in (8192, 32768))
+    assert size[many] <= size[few] + 2**18
+    few, many = ((b, 64, 8192, "tokens", 2**22) for b in (2048, 8192))
+    hidden = 4 * 64 * (8192 - 2048)
+    assert size[many] <= size[few] + 2 * hidden + 2**18
+
+
+def primitives(jaxpr: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every operation with those around it."""
+    for equation in jaxpr.eqns:
+        here = (*inside, equation.primitive.name)
+        yield here
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner, here)
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+@pytest.mark.parametrize("strategy", ["tokens", "recompute"])
+def test_matmuls_of_ignored_examples_can_be_skipped(
+    strategy: str, ignore_index: int | None
+) -> None:
+    given = head()
+    static = {"workspace_bytes": WORKSPACE, "ignore_index": ignore_index}
+    loss = small_loss(strategy, given["labels"], **static)
+    gradient = on_one_device(jax.grad(loss, (0, 1)))
+    jaxpr = jax.make_jaxpr(gradient)(given["hidden"], given["kernel"])
+    paths = [p for p in primitives(jaxpr.jaxpr) if p[-1] == "dot_general"]
+    assert len(paths) == (4 if strategy == "recompute" else 3)
+    for path in paths:
+        assert "scan" in path
+        assert ("cond" in path[path.index("scan") :]) == (ignore_index is not None)
+
+
+@pytest.mark.parametrize("counted", [0, 1, 4, 5, B])
+@pytest.mark.parametrize("strategy", ["tokens", "recompute"])
+def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
+    given = head()
+    order = np.random.default_rng(5).permutation(B)
+    given["labels"][order[counted:]] = -100
+    # Chunks of four examples.
+    options = {"ignore_index": -100, "reduction": "mean", "return_stats": True}
+    loss, gradients = check(strategy, given, local=True, **options)
+    assert_all_zero(gradients["hidden"][order[counted:]])
+    if not counted:
+        assert_all_zero(loss, gradients["kernel"])
+
+
+def planned(
+    size: tuple[int, int, int],
+    workspace: int,
+    labels: Any = None,
+    local: bool = True,
+    **static: Any,
+) -> str:
+    """The strategy that `"auto"` takes."""
+    chosen: list[str] = []
+    examples, features, classes = size
+    labels = jnp.zeros(examples, jnp.int32) if labels is None else labels
+    plan = jl._linear._plan
+
+    def spy(*arguments: Any) -> Any:
+        out = plan(*arguments)
+        chosen.append(out[0])
+        return out
+
+    def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return linear(hidden, kernel, labels, workspace_bytes=workspace, **static)
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((examples, features), (features, classes))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jl._linear, "_plan", spy)
+        jax.eval_shape(on_one_device(loss) if local else loss, *shapes)
+    return chosen[0]
+
+
+def test_auto_takes_the_strategy_that_is_documented() -> None:
+    size, logits = (256, 8, 1024), 4 * 256 * 1024
+    assert planned(size, 2 * logits) == "dense"
+    assert planned(size, logits // 2, reduction="sum") == "tokens"
+    assert planned(size, logits // 2, reduction="mean") == "tokens"
+    assert planned(size, logits // 2) == "recompute"
+    forward = {"reduction": "mean", "forward_mode": True}
+    assert planned(size, logits // 2, **forward) == "recompute"
+    # Not the logits of 64 examples.
+    assert planned(size, logits // 5, reduction="mean") == "vocab"
+    assert planned(size, logits // 5, reduction="mean", local=False) == "tokens"
+    distributions = jnp.ones((256, 1024))
+    assert planned(size, 1000, distributions, local=False) == "dense"
+
+
+# Lowering
+
+PLATFORMS = ["cpu", "cuda", "tpu"]
+
+
+@functools.cache
+def exported(strategy: str, local: bool) -> str:
+    """StableHLO of value and gradient, of bfloat16 features and kernel."""
+    b, d, v = 64, 16, 256
+    shapes = {
+        "hidden": ((b, d), jnp.bfloat16),
+        "kernel": ((v, d), jnp.bfloat16),
+        "bias": ((v,), jnp.float32),
+        "class_weights": ((v,), jnp.float32),
+        "label_smoothing": ((), jnp.float32),
+        "logit_scale": ((), jnp.float32),
+        "weights": ((b,), jnp.float32),
+    }
+    arrays = {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
+
+    def loss(arrays: dict[str, jax.Array], labels: jax.Array) -> Any:
+        return linear(
+            **arrays,
+            labels=labels,
+            kernel_layout="vd",
+            ignore_index=-100,
+            logit_softcap=30.0,
+            z_loss=1e-4,
+            reduction="mean",
+            return_stats=True,
+            strategy=strategy,
+            workspace_bytes=2**14,
+        )
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = on_one_device(gradient) if local else gradient
+    lowered = jax.export.export(jax.jit(gradient), platforms=PLATFORMS)(
+        arrays, jax.ShapeDtypeStruct((b,), jnp.int32)
+    )
+    assert lowered.platforms == tuple(PLATFORMS)
+    return lowered.mlir_module()
+
+
+@by_strategy_and_place
+def test_matmuls_of_bfloat16_take_bfloat16_and_give_float32_on_every_platform(
+    strategy: str, local: bool
+) -> None:
+    module = exported(strategy, local)
+    operands = re.findall(
+        r"stablehlo\.dot_general .*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> "
+        r"tensor<[\dx]*x(\w+)>",
+        module,
+    )
+    assert len(operands) >= (4 if strategy in ("recompute", "vocab") else 3)
+    assert set(operands) == {("bf16", "bf16", "f32")}
+
+
+# Contrastive learning
+
+
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+def test_a_symmetric_contrastive_loss_is_two_calls(strategy: str) -> None:
+    rng = np.random.default_rng(0)
+    sides = rng.standard_normal((2, 9, 4))
+    sides /= np.linalg.norm(sides, axis=-1, keepdims=True)
+    images, texts = sides.astype(np.float32)
+    scale = np.float32(14.0)
+    ids = np.arange(9, dtype=np.int32)
+
+    def loss(images: jax.Array, texts: jax.Array, scale: jax.Array) -> jax.Array:
+        one_way = functools.partial(
+            linear,
+            labels=ids,
+            kernel_layout="vd",
+            logit_scale=scale,
+            reduction="mean",
+            strategy=strategy,
+            workspace_bytes=200,
+        )
+        return (one_way(images, texts) + one_way(texts, images)) / 2
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(
+        images, texts, scale
+    )
+    x, y = images.astype(np.float64), texts.astype(np.float64)
+    z = x @ y.T
+    options = {"logit_scale": float(scale), "reduction": "mean"}
+    rows = oracle.gradients(z, ids, **options)
+    columns = oracle.gradients(z.T, ids, **options)
+    dz = (rows["logits"] + columns["logits"].T) / 2
+    exact = (oracle.loss(z, ids, **options) + oracle.loss(z.T, ids, **options)) / 2
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], dz @ y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], dz.T @ x, rtol=1e-5, atol=1e-5)
+    by_scale = (rows["logit_scale"] + columns["logit_scale"]) / 2
+    np.testing.assert_allclose(gradients[2], by_scale, rtol=1e-4, atol=1e-6)
