@@ -116,6 +116,9 @@ def _materialised() -> Fused:
 
 def _tokamax() -> Fused:
     import tokamax
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # it would read our command line
 
     def fused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
         return tokamax.linear_softmax_cross_entropy_loss(

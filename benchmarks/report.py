@@ -90,10 +90,12 @@ def _section(
     def link(path: pathlib.Path) -> str:
         return pathlib.Path(os.path.relpath(path, root)).as_posix()
 
+    shown = f"![{_caption(result)}]({link(picture)})\n\n"
+    if result["preset"] == "linear" and not _fused_cases(result, growth=True):
+        shown = ""  # the plot is of growth
     return (
         f"### {_title(result)}\n\n{_short(result)}\n\n"
-        f"![{_caption(result)}]({link(picture)})\n\n"
-        f"[Every case, with quartiles]({link(page)})"
+        f"{shown}[Every case, with quartiles]({link(page)})"
     )
 
 
@@ -590,6 +592,8 @@ def _fused_figure(result: Result) -> Any:
         cases = [c for c in _fused_cases(result, growth=True) if c["model"] == model]
         for name, (color, style) in styles.items():
             shown = [c for c in cases if name in c["entries"]]
+            if not shown:
+                continue
             x = [c[field] for c in shown]
             entries = [c["entries"][name] for c in shown]
             times = [e["ms"][1] for e in entries]
@@ -600,8 +604,9 @@ def _fused_figure(result: Result) -> Any:
                 )
         for row, what in enumerate(("ms", "temporary MiB")):
             axes = all_axes[row][column]
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            if axes.lines:  # a run may have ended before
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
             axes.set_xlabel(label)
             axes.set_ylabel(what)
     _legend(figure, all_axes.flat)
