@@ -25,8 +25,8 @@ from jaxlosses._statistics import Inputs, Spec, Statistics
 
 Strategy = Literal["auto", "tokens", "recompute", "vocab", "dense"]
 
-# Measured: see benchmarks/NOTES.md.
-_CPU_WORKSPACE = 2**25
+# Least and most on a CPU, measured: see benchmarks/NOTES.md.
+_CPU_WORKSPACE = (2**25, 2**27)
 _WORKSPACE = 2**30
 # Chunks of fewer examples spend their time on reading the kernel.
 _FEW_EXAMPLES = 64
@@ -98,7 +98,8 @@ def linear_softmax_cross_entropy(
         workspace_bytes: bounds what is held at once beyond the arguments, the result,
             copies of `hidden` and the accumulators of the gradients (float32, of the
             shapes of `hidden` and `kernel`), as far as one example or one class
-            fits. None takes 32 MiB on a CPU and 1 GiB elsewhere.
+            fits. None takes a sixth of the logits, from 32 to 128 MiB, on a CPU, and
+            1 GiB elsewhere.
         class_weights: shape `(V,)`, floating. Multiplies the loss by the weight of the
             label's class; smoothing spreads the weights.
         label_smoothing: `α` in `[0, 1)`, a number or a traced scalar: the label
@@ -245,8 +246,10 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     *batch, _ = head.hidden.shape
     examples, classes = math.prod(batch), _chunked.num_classes(layout, head.kernel)
     if workspace is None:
-        on_cpu = jax.default_backend() == "cpu"
-        workspace = _CPU_WORKSPACE if on_cpu else _WORKSPACE
+        workspace = _WORKSPACE
+        if jax.default_backend() == "cpu":
+            least, most = _CPU_WORKSPACE
+            workspace = min(max(least, 4 * examples * classes // 6), most)
     local = _is_local()
     dtype = _chunked.compute_dtype(head)
     # Logits, which their cotangent replaces, and that in the compute dtype; a quarter
