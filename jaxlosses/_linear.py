@@ -278,11 +278,16 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     if strategy in ("dense", "vocab"):  # a piece keeps its logits beside the cotangent
         return strategy, Plan(layout, chunks(classes, 2))
     pieces = examples if local or not batch else batch[axis]
+    number = chunks(pieces)
+    if not local:
+        # Equal chunks need no padding, whose entries would move between devices.
+        equal = range(number, min(2 * number, pieces) + 1)
+        number = next((n for n in equal if pieces % n == 0), number)
     kernel_pieces = 1
     if local and jax.default_backend() == "cpu":
         accumulator = head.kernel.size * _statistics.accumulation_dtype(dtype).itemsize
         kernel_pieces = max(1, min(classes, -(-_PIECES * accumulator // workspace)))
-    return strategy, Plan(layout, chunks(pieces), axis, not local, local, kernel_pieces)
+    return strategy, Plan(layout, number, axis, not local, local, kernel_pieces)
 
 
 def _is_local() -> bool:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,15 +176,20 @@ COLLECTIVE = re.compile(
 )
 
 
-def collectives(compiled: Any) -> list[tuple[str, int]]:
-    """Kind, and the size of the largest array, of every collective."""
+class Collective(NamedTuple):
+    what: str
+    size: int  # of its largest array
+    in_loop: bool
+
+
+def collectives(compiled: Any) -> list[Collective]:
     found = []
     for line in compiled.as_text().splitlines():
         match = COLLECTIVE.search(line)
         if match:
             shapes = re.findall(r"\w+\[([\d,]*)\]", match["type"])
             sizes = [math.prod(int(n) for n in s.split(",") if n) for s in shapes]
-            found.append((match["what"], max(sizes)))
+            found.append(Collective(match["what"], max(sizes), "while/body" in line))
     return found
 
 
@@ -232,9 +237,9 @@ def test_sharded_logits_are_reduced_where_they_are(
     examples = TOKENS * SEQUENCE // shape[0]
     found = collectives(compiled)
     assert found
-    for what, size in found:
-        assert what == "all-reduce"
-        assert size <= examples
+    for collective in found:
+        assert collective.what == "all-reduce"
+        assert collective.size <= examples
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -252,7 +257,7 @@ def test_sharded_head_moves_its_gradients_and_vectors_alone(
 
     def mean(h: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
         return jl.linear_softmax_cross_entropy(
-            h, w, y, reduction="mean", strategy=strategy, workspace_bytes=128 * CLASSES
+            h, w, y, reduction="mean", strategy=strategy, workspace_bytes=96 * CLASSES
         )
 
     mesh = typed_mesh(shape, kind)
@@ -267,12 +272,14 @@ def test_sharded_head_moves_its_gradients_and_vectors_alone(
     allowed = {examples * FEATURES, FEATURES * CLASSES // shape[1]}
     local_logits = examples * CLASSES // shape[1]
     large = []
-    for what, size in collectives(compiled):
-        assert what == "all-reduce"
-        assert size < local_logits or size in allowed
-        large += [size] if size > examples else []
-    # One for each gradient at most; a loop runs what is in it more than once.
+    for collective in collectives(compiled):
+        assert collective.what == "all-reduce"
+        assert collective.size < local_logits or collective.size in allowed
+        large += [collective] if collective.size > examples else []
+    # One for each gradient at most, and once a call. The partitioner of automatic
+    # axes leaves those of a chunk in the loop over chunks.
     assert len(large) <= 2
+    assert kind == "Auto" or not any(collective.in_loop for collective in large)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -434,3 +441,99 @@ def test_split_head_serves_forward_mode_second_derivatives_and_vmap() -> None:
             want,
             got,
         )
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_classes_that_do_not_divide_are_filled_up_and_masked(head: bool) -> None:
+    rng = np.random.default_rng(0)
+    V, filled = 21, 24
+    kernel = rng.normal(size=(FEATURES, filled)).astype(np.float32)
+    hidden = rng.normal(size=(B, FEATURES)).astype(np.float32)
+    ids = rng.integers(0, V, B)
+    exists = np.arange(filled) < V
+
+    def total(kernel: jax.Array, where: Any, axis_name: str | None) -> jax.Array:
+        if head:
+            loss = jl.linear_softmax_cross_entropy(
+                hidden, kernel, ids, where=where, axis_name=axis_name, strategy="vocab"
+            )
+        else:
+            loss = jl.softmax_cross_entropy_with_integer_labels(
+                hidden @ kernel,
+                ids,
+                where=None if where is None else where[None],
+                axis_name=axis_name,
+            )
+        return jnp.sum(loss**2)
+
+    value, gradient = jax.value_and_grad(
+        jax.shard_map(
+            functools.partial(total, axis_name="model"),
+            mesh=make_mesh((1, 8)),
+            in_specs=(P(None, "model"), P("model")),
+            out_specs=P(),
+        )
+    )(kernel, exists)
+    one_device = functools.partial(total, where=None, axis_name=None)
+    want, want_gradient = jax.value_and_grad(one_device)(kernel[:, :V])
+    np.testing.assert_allclose(value, want, rtol=2e-6)
+    size = np.abs(want_gradient).max()
+    np.testing.assert_allclose(gradient[:, :V], want_gradient, rtol=0, atol=1e-6 * size)
+    assert not gradient[:, V:].any()
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_classes_that_do_not_divide_are_refused_by_jax(kind: str) -> None:
+    mesh = typed_mesh((1, 8), kind)
+    with pytest.raises(ValueError, match="evenly divide"):
+        put(mesh, np.zeros((B, 21), np.float32), None, "model")
+
+
+def test_classes_that_do_not_divide_may_be_split_inside_jit() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(B, 21)).astype(np.float32)
+    ids = rng.integers(0, 21, B)
+    over_classes = jax.sharding.NamedSharding(make_mesh((1, 8)), P(None, "model"))
+
+    def mean(z: jax.Array) -> jax.Array:
+        z = jax.lax.with_sharding_constraint(z, over_classes)
+        return jl.softmax_cross_entropy_with_integer_labels(z, ids, reduction="mean")
+
+    compiled = jax.jit(jax.value_and_grad(mean)).lower(logits).compile()
+    value, gradient = compiled(logits)
+    np.testing.assert_allclose(value, oracle.loss(logits, ids).mean(), rtol=2e-6)
+    exact = oracle.gradients(logits, ids, reduction="mean")["logits"]
+    np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-9)
+    reduced = [c.size for c in collectives(compiled) if c.what == "all-reduce"]
+    assert reduced
+    assert max(reduced) <= B
+
+
+def test_split_logits_serve_forward_mode_second_derivatives_and_vmap() -> None:
+    rng = np.random.default_rng(0)
+    logits, direction = (rng.normal(size=(B, V)).astype(np.float32) for _ in range(2))
+    ids = rng.integers(0, V, B)
+
+    def derivatives(axis_name: str | None, z: Any, v: Any) -> Any:
+        def loss_of(z: jax.Array, y: jax.Array, forward_mode: bool) -> jax.Array:
+            return jl.softmax_cross_entropy_with_integer_labels(
+                z, y, axis_name=axis_name, forward_mode=forward_mode
+            )
+
+        push = jax.jvp(lambda z: loss_of(z, ids, True), (z,), (v,))[1]
+        gradient = jax.grad(lambda z: jnp.sum(loss_of(z, ids, False) ** 2))
+        product = jax.jvp(gradient, (z,), (v,))[1]
+        each = jax.vmap(functools.partial(loss_of, forward_mode=False))(z, ids)
+        return push, product, each
+
+    split = jax.shard_map(
+        functools.partial(derivatives, "model"),
+        mesh=make_mesh((1, 8)),
+        in_specs=(P(None, "model"),) * 2,
+        out_specs=(P(), P(None, "model"), P()),
+    )
+    got = jax.jit(split)(logits, direction)
+    want = derivatives(None, logits, direction)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), want, got
+    )
