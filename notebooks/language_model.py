@@ -42,6 +42,7 @@ import optax
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformer import Transformer
 
 import jaxlosses as jl
 
@@ -184,53 +185,23 @@ print(f"unigram baseline: {unigram:.3f} bits per byte")
 # %% [markdown]
 # ## The model
 #
-# A transformer with the normalisation in front of each layer, in Flax NNX. Its
-# output layer is *tied*: the table that turns a token into a vector also scores the
-# tokens that could come next. The model returns the features that go into that last
-# product. The table has one row per token, `vd` in the words of
-# `linear_softmax_cross_entropy`, and is used as it is.
+# A transformer with the normalisation in front of each layer, in Flax NNX:
+# [transformer.py](transformer.py) has it. Its output layer is *tied*: the table that
+# turns a token into a vector also scores the tokens that could come next. The model
+# returns the features that go into that last product. The table has one row per
+# token, `vd` in the words of `linear_softmax_cross_entropy`, and is used as it is.
 
 
 # %%
-class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
-
-        self.attention_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.queries_keys_values = linear(WIDTH, 3 * WIDTH)
-        self.attention_output = linear(WIDTH, WIDTH)
-        self.hidden_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.hidden = linear(WIDTH, 4 * WIDTH)
-        self.hidden_output = linear(4 * WIDTH, WIDTH)
-
-    def __call__(self, x):
-        heads = self.queries_keys_values(self.attention_norm(x))
-        heads = heads.reshape(*x.shape[:-1], 3 * HEADS, WIDTH // HEADS)
-        queries, keys, values = jnp.split(heads, 3, axis=-2)
-        mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
-        x = x + self.attention_output(mixed.reshape(x.shape))
-        return x + self.hidden_output(nnx.gelu(self.hidden(self.hidden_norm(x))))
-
-
-class LanguageModel(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        def table(rows):
-            small = nnx.initializers.normal(0.02)
-            return nnx.Embed(rows, WIDTH, embedding_init=small, rngs=rngs)
-
-        self.tokens = table(VOCABULARY)
-        self.positions = table(CONTEXT)
-        self.blocks = nnx.Sequential(*(Block(rngs) for _ in range(LAYERS)))
-        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
-        return self.norm(self.blocks(x))
-
-
 def new_model():
-    model = LanguageModel(nnx.Rngs(0))
+    model = Transformer(
+        vocabulary=VOCABULARY,
+        context=CONTEXT,
+        layers=LAYERS,
+        width=WIDTH,
+        heads=HEADS,
+        rngs=nnx.Rngs(0),
+    )
     rate = optax.warmup_cosine_decay_schedule(0, 3e-3, STEPS // 10, STEPS, 1e-4)
     adam = optax.adamw(rate, b2=0.95, weight_decay=0.01)
     clipped = optax.chain(optax.clip_by_global_norm(1.0), adam)
