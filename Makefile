@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 BENCH_ARGS ?=
+NOTEBOOKS ?= digits language_model sharding
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -34,10 +35,11 @@ lint: $(VENV)/.dev  ## Check style, formatting and types
 	$(BIN)/mypy
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks from their .py sources
-	$(BIN)/jupytext --update --to ipynb notebooks/*.py
+	$(BIN)/jupytext --update --to ipynb $(NOTEBOOKS:%=notebooks/%.py)
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute \
-	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
-	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+	  --ExecutePreprocessor.record_timing=False $(NOTEBOOKS:%=notebooks/%.ipynb)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams \
+	  $(NOTEBOOKS:%=notebooks/%.ipynb)
 
 clean:  ## Remove the environment and everything that was generated
 	rm -rf $(VENV) build dist notebooks/figures

@@ -244,6 +244,20 @@ def test_demo_runs_with_either_import(package: str, tmp_path: pathlib.Path) -> N
     assert (tmp_path / "figures" / "digits_loss.png").stat().st_size > 10_000
 
 
+def test_sharding_notebook_holds_what_it_asserts() -> None:
+    notebook = DEMO.parent / "sharding.py"
+    run = subprocess.run(
+        [sys.executable, str(notebook)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=demo_environment(),
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "4096 512 × 8" in run.stdout
+
+
 def demo_environment() -> dict[str, str]:
     root = str(DEMO.parent.parent)
     paths = [root, os.environ.get("PYTHONPATH", "")]
