@@ -30,7 +30,6 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX looks for its devices
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -275,8 +274,8 @@ np.testing.assert_allclose(value, whole[0], rtol=2e-6)
 # | if | then |
 # |---|---|
 # | one device holds the kernel | split examples only |
-# | it does not, or has few examples | split classes, over devices with a fast connection |
-# | parameters are split over features (FSDP) | leave them so: the kernel is gathered once a step, and its gradient scattered |
+# | it does not, or has few examples | split classes, over devices that are close |
+# | features are split (FSDP) | leave them so: the kernel is gathered once a step |
 # | the logits fit | either loss, with `jit` and nothing else |
 # | the logits do not fit, a few devices | the fused loss, with `jit` and nothing else |
 # | the logits do not fit, many devices | the fused loss on explicit axes, or by hand |
