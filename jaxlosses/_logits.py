@@ -25,6 +25,9 @@ from jaxlosses._statistics import Cotangents, Inputs, Spec, Statistics
 # Logits of a block, 4 MiB in float32: a block is read from cache after the first time.
 _BLOCK_SIZE = 2**20
 
+# Up to so many classes, what is done with each is written out.
+_FEW_CLASSES = 26
+
 # Classes of a piece, about. A label's piece is read again, so it should be short.
 _PIECE = 64
 
@@ -154,10 +157,18 @@ def summed_like(cotangent: Array | None, primal: Any) -> Any:
 def varying_axes(a: Any) -> frozenset[str]:
     """Mesh axes of a `shard_map` along which an array, or a shape, may differ."""
     aval: Any = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
-    # JAX 0.10 moved `vma` into the type of the manual axes.
-    manual = getattr(aval, "manual_axis_type", None)
-    varying = getattr(aval, "vma", ()) if manual is None else manual.varying
-    return frozenset(varying or ())
+    manual = aval.manual_axis_type
+    return frozenset() if manual is None else manual.varying
+
+
+def sliced(a: Array, start: Array, size: int, axis: int = 0) -> Array:
+    """A slice of a static size, clamped."""
+    if a.dtype.itemsize != 2:
+        return lax.dynamic_slice_in_dim(a, start, size, axis)
+    # As integers, or XLA:CPU would convert the whole array to float32.
+    bits = lax.bitcast_convert_type(a, jnp.uint16)
+    bits = lax.dynamic_slice_in_dim(bits, start, size, axis)
+    return lax.bitcast_convert_type(bits, a.dtype)
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
@@ -199,13 +210,15 @@ def _num_cpus() -> int:
         return 0
 
 
-def _piece(spec: Spec, inputs: Inputs) -> int:
-    """Into pieces of how many classes the logits are best split; 0 for not at all."""
-    options = inputs.where, inputs.scale, spec.softcap
-    if any(option is not None for option in options):
-        return 0
+def _is_plain(spec: Spec, inputs: Inputs) -> bool:
+    """Whether nothing but the logits and class ids is to be read."""
     if spec.dense or spec.smooth or spec.predicted:
-        return 0
+        return False
+    return inputs.where is None and inputs.scale is None and spec.softcap is None
+
+
+def _piece(inputs: Inputs) -> int:
+    """Into pieces of how many classes plain logits are best split; 0 for not at all."""
     # A block of another type is as fast, or faster.
     if inputs.logits.dtype != jnp.bfloat16:
         return 0
@@ -218,14 +231,20 @@ def _piece(spec: Spec, inputs: Inputs) -> int:
 def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
     """Statistics by blocks of rows, each small enough to be read again from cache.
 
-    Plain bfloat16 logits are read in pieces of the classes instead: a block of them
-    would be converted to float32 in memory.
+    Plain logits of few classes are read class by class instead. Plain bfloat16 logits
+    are read in pieces of the classes: a block of them would be converted to float32
+    in memory.
     """
     *batch, num_classes = inputs.logits.shape
     num_rows = math.prod(batch)
-    piece = _piece(spec, inputs)
-    rows = num_rows if piece else max(1, _BLOCK_SIZE // num_classes)
-    blocked = dataclasses.replace(spec, axes=(1,), in_cache=not piece, piece=piece)
+    plain = _is_plain(spec, inputs)
+    few = plain and num_classes <= _FEW_CLASSES
+    piece = _piece(inputs) if plain and not few else 0
+    in_cache = not piece and not few
+    rows = max(1, _BLOCK_SIZE // num_classes) if in_cache else num_rows
+    blocked = dataclasses.replace(
+        spec, axes=(1,), in_cache=in_cache, piece=piece, few=few
+    )
     evaluate = functools.partial(_statistics.evaluate, blocked)
     # One batch axis; what all rows share keeps it at size 1.
     inputs = jax.tree.map(
@@ -240,12 +259,7 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
             def take(a: Array) -> Array:
                 if a.ndim == 0 or a.shape[0] != num_rows:
                     return a
-                if a.dtype.itemsize != 2:
-                    return lax.dynamic_slice_in_dim(a, i * rows, rows)
-                # As integers, or XLA would convert the whole array to float32.
-                bits = lax.bitcast_convert_type(a, jnp.uint16)
-                bits = lax.dynamic_slice_in_dim(bits, i * rows, rows)
-                return lax.bitcast_convert_type(bits, a.dtype)
+                return sliced(a, i * rows, rows)
 
             return evaluate(jax.tree.map(take, inputs))
 

@@ -20,6 +20,7 @@ non-negative. That is why a confident example keeps its digits.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ class Spec:
         in_cache: the logits are a block that fits a CPU's cache, on one device.
         piece: the logits are plain bfloat16, `[B, V]` on one CPU, and to be read in
             pieces of that many classes; 0 where they are not.
+        few: the logits are plain, on one CPU, and of so few classes that what is done
+            with each is written out.
     """
 
     axes: tuple[int, ...]
@@ -56,6 +59,7 @@ class Spec:
     axis_name: tuple[str, ...] = ()
     in_cache: bool = False
     piece: int = 0
+    few: bool = False
 
 
 # Nodes at which tanh is tabulated, per unit.
@@ -282,6 +286,8 @@ def _partial(
     """The label's logit, and its rivals."""
     if spec.piece:
         return _partial_of_pieces(spec, inputs)
+    if spec.few:
+        return _partial_of_few(spec, inputs)
     is_label = _is_label(spec, inputs)
     label = _at_label(spec, inputs, signed, is_label)
     rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
@@ -328,6 +334,25 @@ def _partial_of_pieces(spec: Spec, inputs: Inputs) -> Partial:
     own_mass = alone(_sum(spec, jnp.exp(own - base)))
     mass = _sum(spec, jnp.where(is_own, own_mass, masses))
     return Partial(label, rival, mass)
+
+
+def _partial_of_few(spec: Spec, inputs: Inputs) -> Partial:
+    """The same for plain logits of few classes, class by class.
+
+    XLA:CPU makes it one loop over examples, each of whose steps is short.
+    """
+    (axis,) = spec.axes
+    logits = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
+    columns = jnp.split(logits, logits.shape[axis], axis)
+    at = [inputs.labels == j for j in range(len(columns))]
+    others = [jnp.where(a, -jnp.inf, z) for a, z in zip(at, columns, strict=True)]
+    rival = functools.reduce(jnp.maximum, others)
+    # Without any, -inf - (-inf) would be NaN.
+    base = jnp.where(rival == -jnp.inf, 0, rival)
+    mass = functools.reduce(jnp.add, [jnp.exp(z - base) for z in others])
+    found = [jnp.where(a, z, 0) for a, z in zip(at, columns, strict=True)]
+    label = functools.reduce(jnp.add, found)
+    return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
 
 
 def _entries(a: Array, index: Ids) -> Array:

@@ -66,14 +66,25 @@ def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
     for margin in (0.0, 20.0, 80.0):
         logits, ids = oracle.confident_logits(rng, 45, 50257, margin)
         inputs = Inputs(jnp.asarray(logits, dtype), jnp.asarray(ids)[:, None])
-        assert bool(_logits._piece(Spec((1,), False), inputs)) == (dtype != jnp.float32)
+        assert bool(_logits._piece(inputs)) == (dtype != jnp.float32)
         got = jax.jit(lambda x: _logits._evaluate_blocked(Spec((1,), False), x))(inputs)
         want = oracle.loss(np.asarray(inputs.logits, np.float32), ids)
         np.testing.assert_allclose(got.nll[:, 0], want, rtol=4e-6)
 
 
-@pytest.mark.parametrize("num_classes", [256, 1000])
-def test_pieces_give_the_statistics_of_the_whole(num_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("num_classes", "dtype"),
+    [
+        (256, jnp.bfloat16),
+        (1000, jnp.bfloat16),
+        (7, jnp.float32),
+        (26, jnp.float32),
+        (26, jnp.bfloat16),
+    ],
+)
+def test_pieces_and_single_classes_give_the_statistics_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, num_classes: int, dtype: Any
+) -> None:
     rng = np.random.default_rng(0)
     logits = 3 * rng.normal(size=(40, num_classes)).astype(np.float32)
     labels = rng.integers(num_classes, size=(40, 1)).astype(np.int32)
@@ -84,7 +95,9 @@ def test_pieces_give_the_statistics_of_the_whole(num_classes: int) -> None:
     at_label[14:16] = np.inf
     at_label[16:18] = np.nan
     logits[np.arange(40), labels[:, 0]] = at_label
-    beside = (labels[:, 0] + rng.integers(1, 20, size=40)) % num_classes
+    beside = (
+        labels[:, 0] + rng.integers(1, min(20, num_classes), size=40)
+    ) % num_classes
     at_beside = logits[np.arange(40), beside]
     at_beside[9:12] = at_label[9:12]  # a tie
     at_beside[18:20] = np.inf
@@ -98,11 +111,10 @@ def test_pieces_give_the_statistics_of_the_whole(num_classes: int) -> None:
     logits[38] = np.nan
     counted = np.arange(40)[:, None] != 38
     spec = Spec((1,), False)
-    inputs = Inputs(
-        jnp.asarray(logits, jnp.bfloat16), jnp.asarray(labels), counted=counted
-    )
-    assert _logits._piece(spec, inputs)
+    inputs = Inputs(jnp.asarray(logits, dtype), jnp.asarray(labels), counted=counted)
     whole = jax.jit(lambda x: _statistics.evaluate(spec, x))(inputs)
+    # Neither reads blocks of rows.
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", None)
     pieces = jax.jit(lambda x: _logits._evaluate_blocked(spec, x))(inputs)
     # Of a NaN, the maximum of XLA:CPU need not know.
     rows = np.r_[:16, 18:20, 22:40]
