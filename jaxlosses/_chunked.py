@@ -799,22 +799,13 @@ def _varying_with(like: Array, tree: Any) -> Any:
 
 def _typed_like(a: Array, like: Any) -> Array:
     axes = tuple(sorted(_logits.varying_axes(like) - _logits.varying_axes(a)))
-    if not axes:
-        return a
-    # JAX 0.9 renamed it.
-    old: Any = getattr(lax, "pvary", None)
-    return old(a, axes) if old else lax.pcast(a, axes, to="varying")
+    return lax.pcast(a, axes, to="varying") if axes else a
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _take(a: Array, start: Array, size: int, axis: int) -> Array:
-    """A slice of a static size, clamped."""
-    # As integers, or XLA:CPU would convert the whole array to float32.
-    if a.dtype.itemsize == 2:
-        bits = lax.bitcast_convert_type(a, jnp.uint16)
-        bits = lax.dynamic_slice_in_dim(bits, start, size, axis)
-        return lax.bitcast_convert_type(bits, a.dtype)
-    return lax.dynamic_slice_in_dim(a, start, size, axis)
+    """`_logits.sliced`, whose tangent is a slice, too."""
+    return _logits.sliced(a, start, size, axis)
 
 
 @_take.defjvp

@@ -328,24 +328,52 @@ def _check_and_run(
         _checks.z_loss(z_loss),
         _checks.logit_scale(logit_scale),
     )
+    static = specialise(
+        axes,
+        dense=dense,
+        smooth=arrays.label_smoothing is not None,
+        lse=arrays.z_loss is not None,
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        reduction=reduction,
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+        return_stats=return_stats,
+    )
+    return loss_on_logits(static, arrays)
+
+
+def specialise(
+    axes: tuple[int, ...],
+    *,
+    dense: bool,
+    smooth: bool,
+    lse: bool,
+    ignore_index: Any,
+    logit_softcap: Any,
+    reduction: Any,
+    axis_name: Any,
+    forward_mode: Any,
+    return_stats: Any,
+) -> Static:
+    """The static part of a loss, from options that are still to be checked."""
     return_stats = _checks.flag("return_stats", return_stats)
     spec = Spec(
         axes=axes,
         dense=dense,
         softcap=_checks.logit_softcap(logit_softcap),
-        smooth=arrays.label_smoothing is not None,
-        lse=arrays.z_loss is not None,
+        smooth=smooth,
+        lse=lse,
         predicted=return_stats,
         axis_name=_checks.axis_name(axis_name),
     )
-    static = Static(
+    return Static(
         spec,
         _checks.ignore_index(ignore_index),
         _checks.reduction(reduction),
         _checks.flag("forward_mode", forward_mode),
         return_stats,
     )
-    return loss_on_logits(static, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -416,12 +444,7 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
     """Which examples count, or None for all of them."""
     spec, shape = static.spec, arrays.logits.shape
     batch = _checks.batch_shape(shape, spec.axes)
-    masks = []
-    if static.ignore_index is not None:
-        # A value that the labels' dtype cannot hold is no label.
-        info = jnp.iinfo(arrays.labels.dtype)
-        if info.min <= static.ignore_index <= info.max:
-            masks.append(arrays.labels != static.ignore_index)
+    masks = not_ignored(static, arrays.labels)
     if arrays.examples is not None:
         masks.append(arrays.examples)
     if arrays.where is not None:
@@ -429,6 +452,23 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
         masks.append(left)
     if 0 in (shape[axis] for axis in spec.axes):
         masks.append(jnp.zeros(batch, bool))
+    return all_of(masks, batch)
+
+
+def not_ignored(static: Static, labels: Array) -> list[Bool[Array, "..."]]:
+    """The mask that `ignore_index` makes, if it makes one."""
+    if static.ignore_index is None:
+        return []
+    # A value that the labels' dtype cannot hold is no label.
+    info = jnp.iinfo(labels.dtype)
+    held = info.min <= static.ignore_index <= info.max
+    return [labels != static.ignore_index] if held else []
+
+
+def all_of(
+    masks: list[Bool[Array, "..."]], batch: tuple[int, ...]
+) -> Bool[Array, "..."] | None:
+    """Where every mask is true, or None without any."""
     if not masks:
         return None
     return functools.reduce(

@@ -21,7 +21,7 @@ from jaxlosses import (
 from jaxlosses._chunked import Examples, Head, Operands, Plan, Product, Way
 from jaxlosses._combine import Coefficients, Example, Reduction, Stats, Terms
 from jaxlosses._cross_entropy import Arrays, Static
-from jaxlosses._statistics import Inputs, Spec, Statistics
+from jaxlosses._statistics import Inputs, Statistics
 
 Strategy = Literal["auto", "tokens", "recompute", "vocab", "dense"]
 
@@ -193,22 +193,17 @@ def linear_softmax_cross_entropy(
         _checks.z_loss(z_loss),
         _checks.logit_scale(logit_scale),
     )
-    return_stats = _checks.flag("return_stats", return_stats)
-    spec = Spec(
-        axes=axes,
+    on_logits = _cross_entropy.specialise(
+        axes,
         dense=dense,
-        softcap=_checks.logit_softcap(logit_softcap),
         smooth=arrays.label_smoothing is not None,
         lse=arrays.z_loss is not None,
-        predicted=return_stats,
-        axis_name=_checks.axis_name(axis_name),
-    )
-    on_logits = Static(
-        spec,
-        _checks.ignore_index(ignore_index),
-        _checks.reduction(reduction),
-        _checks.flag("forward_mode", forward_mode),
-        return_stats,
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        reduction=reduction,
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+        return_stats=return_stats,
     )
     asked = _checks.strategy(strategy)
     _checks.suits(asked, on_logits.reduction, dense, on_logits.forward_mode)
@@ -539,21 +534,10 @@ def _per_example(
 
 def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
     """Which examples count, or None for all of them."""
-    labels, ignored = arrays.labels, static.on_logits.ignore_index
-    batch = arrays.head.hidden.shape[:-1]
-    masks = []
-    if ignored is not None:
-        # A value that the labels' dtype cannot hold is no label.
-        info = jnp.iinfo(labels.dtype)
-        if info.min <= ignored <= info.max:
-            masks.append(labels != ignored)
+    masks = _cross_entropy.not_ignored(static.on_logits, arrays.labels)
     if arrays.weights is not None:
         masks.append(arrays.weights != 0)
     if arrays.where is not None:
         spec = dataclasses.replace(static.on_logits.spec, axes=(0,))
         masks.append(_statistics.any_class(spec, arrays.where)[0])
-    if not masks:
-        return None
-    return functools.reduce(
-        jnp.logical_and, [jnp.broadcast_to(mask, batch) for mask in masks]
-    )
+    return _cross_entropy.all_of(masks, arrays.head.hidden.shape[:-1])
