@@ -45,6 +45,7 @@ class Case:
             mean, `STEP` has the logits come from a matmul and updates both factors,
             `FUSED` is value and gradient of the mean by both factors.
         features: inner size of that matmul, so small that it does not dominate.
+        workspace_bytes: what our fused loss is given, or None for its default.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Case:
     inputs: str
     what: str
     features: int = 64
+    workspace_bytes: int | None = None
 
     @property
     def shape(self) -> str:
@@ -184,8 +186,9 @@ def _fused(model: str, batch: int, classes: int, features: int, dtype: str) -> C
     return Case(model, batch, classes, dtype, "random", FUSED, features)
 
 
-# Along V the batch is fixed, along B the classes are.
+# Along V the batch is fixed, along B the classes are, and the workspace along both.
 FUSED_BATCH, FUSED_CLASSES, FUSED_FEATURES = 1024, 32768, 128
+FUSED_WORKSPACE = 2**23
 
 
 def _linear() -> Iterator[Case]:
@@ -193,10 +196,11 @@ def _linear() -> Iterator[Case]:
         yield _fused("Llama-2", 1024, 32000, 512, dtype)
         yield _fused("GPT-2", 2048, 50257, 512, dtype)
         yield _fused("Llama-3", 4096, 128256, 256, dtype)
-    for power in range(13, 18):
-        yield _fused("V", FUSED_BATCH, 2**power, FUSED_FEATURES, "float32")
-    for power in range(8, 13):
-        yield _fused("B", 2**power, FUSED_CLASSES, FUSED_FEATURES, "float32")
+    along_v = (("V", FUSED_BATCH, 2**power) for power in range(13, 18))
+    along_b = (("B", 2**power, FUSED_CLASSES) for power in range(8, 13))
+    for shape in (*along_v, *along_b):
+        case = _fused(*shape, FUSED_FEATURES, "float32")
+        yield dataclasses.replace(case, workspace_bytes=FUSED_WORKSPACE)
 
 
 GROWTH_BATCH, GROWTH_CLASSES = 256, 8192

@@ -109,6 +109,13 @@ def _fused(strategy: str) -> Callable[[], Fused]:
     return load
 
 
+def _within(workspace_bytes: int | None, name: str, fused: Fused) -> Fused:
+    """Ours with the workspace of a case; a peer as it is."""
+    if workspace_bytes is None or not name.startswith(OURS):
+        return fused
+    return functools.partial(fused, workspace_bytes=workspace_bytes)
+
+
 def _materialised() -> Fused:
     loss = _optax()
     return lambda hidden, kernel, labels: loss(hidden @ kernel, labels).mean()
@@ -343,7 +350,10 @@ class Peers:
         floor, least = _floor(case)
         functions: dict[str, Callable[..., Any]] = {}
         if case.what == FUSED:
-            functions = {k: _gradients(fused) for k, fused in self._fused.items()}
+            functions = {
+                name: _gradients(_within(case.workspace_bytes, name, fused))
+                for name, fused in self._fused.items()
+            }
         elif case.what not in (COPY, MATMUL):
             functions = {k: _measured(case, loss) for k, loss in self._losses.items()}
         functions[floor] = least

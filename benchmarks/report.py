@@ -15,6 +15,7 @@ from benchmarks.cases import (
     FUSED,
     FUSED_BATCH,
     FUSED_CLASSES,
+    FUSED_WORKSPACE,
     GROWTH_BATCH,
     GROWTH_CLASSES,
     MATMUL,
@@ -584,9 +585,10 @@ def _fused_figure(result: Result) -> Any:
     figure, all_axes = pyplot.subplots(
         2, 2, figsize=(8, 6), squeeze=False, layout="constrained"
     )
+    given = f"; ours within {FUSED_WORKSPACE // _MIB} MiB"
     along = (
-        ("V", "classes", f"classes, {FUSED_BATCH} tokens"),
-        ("B", "batch", f"tokens, {FUSED_CLASSES} classes"),
+        ("V", "classes", f"classes, {FUSED_BATCH} tokens{given}"),
+        ("B", "batch", f"tokens, {FUSED_CLASSES} classes{given}"),
     )
     for column, (model, field, label) in enumerate(along):
         cases = [c for c in _fused_cases(result, growth=True) if c["model"] == model]
