@@ -825,9 +825,16 @@ def _put(a: Array, part: Array, start: Array, axis: int, linear: bool) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _put_bits(a: Array, part: Array, start: Array, axis: int) -> Array:
-    bits, piece = (lax.bitcast_convert_type(x, jnp.uint16) for x in (a, part))
-    bits = lax.dynamic_update_slice_in_dim(bits, piece, start, axis)
-    return lax.bitcast_convert_type(bits, a.dtype)
+    """The same for 16-bit numbers, as integers for the reason in `_logits.sliced`."""
+
+    def plain(a: Array, part: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(a, part, start, axis)
+
+    def of_bits(a: Array, part: Array, start: Array) -> Array:
+        bits, piece = (lax.bitcast_convert_type(x, jnp.uint16) for x in (a, part))
+        return lax.bitcast_convert_type(plain(bits, piece, start), a.dtype)
+
+    return lax.platform_dependent(a, part, start, cpu=of_bits, default=plain)
 
 
 @_put_bits.defjvp

@@ -274,12 +274,14 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
         return strategy, Plan(layout, chunks(classes, 2))
     pieces = examples if local or not batch else batch[axis]
     number = chunks(pieces)
-    if not local:
-        # Equal chunks need no padding, whose entries would move between devices.
+    on_cpu = jax.default_backend() == "cpu"
+    if not (local and on_cpu):
+        # Equal chunks need no padding, whose entries would move between devices; and
+        # a matmul of whole tiles pads no operand.
         equal = range(number, min(2 * number, pieces) + 1)
         number = next((n for n in equal if pieces % n == 0), number)
     kernel_pieces = 1
-    if local and jax.default_backend() == "cpu":
+    if local and on_cpu:
         accumulator = head.kernel.size * _statistics.accumulation_dtype(dtype).itemsize
         kernel_pieces = max(1, min(classes, -(-_PIECES * accumulator // workspace)))
     return strategy, Plan(layout, number, axis, not local, local, kernel_pieces)

@@ -163,12 +163,19 @@ def varying_axes(a: Any) -> frozenset[str]:
 
 def sliced(a: Array, start: Array, size: int, axis: int = 0) -> Array:
     """A slice of a static size, clamped."""
-    if a.dtype.itemsize != 2:
+
+    def plain(a: Array, start: Array) -> Array:
         return lax.dynamic_slice_in_dim(a, start, size, axis)
-    # As integers, or XLA:CPU would convert the whole array to float32.
-    bits = lax.bitcast_convert_type(a, jnp.uint16)
-    bits = lax.dynamic_slice_in_dim(bits, start, size, axis)
-    return lax.bitcast_convert_type(bits, a.dtype)
+
+    def of_bits(a: Array, start: Array) -> Array:
+        bits = plain(lax.bitcast_convert_type(a, jnp.uint16), start)
+        return lax.bitcast_convert_type(bits, a.dtype)
+
+    if a.dtype.itemsize != 2:
+        return plain(a, start)
+    # As integers, or XLA:CPU would convert the whole array to float32. XLA:TPU would
+    # copy the integers.
+    return lax.platform_dependent(a, start, cpu=of_bits, default=plain)
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:

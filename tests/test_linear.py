@@ -1224,22 +1224,22 @@ def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
         assert_all_zero(loss, gradients["kernel"])
 
 
-def planned(
+def plan_of(
     size: tuple[int, int, int],
     workspace: int,
     labels: Any = None,
     local: bool = True,
     **static: Any,
-) -> str:
-    """The strategy that `"auto"` takes."""
-    chosen: list[str] = []
+) -> tuple[str, jl._chunked.Plan]:
+    """The strategy and how it cuts."""
+    chosen: list[tuple[str, jl._chunked.Plan]] = []
     examples, features, classes = size
     labels = jnp.zeros(examples, jnp.int32) if labels is None else labels
     plan = jl._linear._plan
 
     def spy(*arguments: Any) -> Any:
         out = plan(*arguments)
-        chosen.append(out[0])
+        chosen.append(out)
         return out
 
     def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -1253,6 +1253,28 @@ def planned(
         patch.setattr(jl._linear, "_plan", spy)
         jax.eval_shape(on_one_device(loss) if local else loss, *shapes)
     return chosen[0]
+
+
+def planned(*arguments: Any, **options: Any) -> str:
+    """The strategy that `"auto"` takes."""
+    return plan_of(*arguments, **options)[0]
+
+
+def test_chunks_are_equal_where_an_accelerator_would_pad_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size, logits = (512, 8, 1024), 4 * 512 * 1024
+    options = {"strategy": "tokens", "reduction": "mean"}
+    # With what else a chunk needs, 20 / 3 of the workspace.
+    _, plan = plan_of(size, logits // 5, **options)
+    assert (plan.num_chunks, plan.kernel_pieces) == (7, 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()  # or nothing would be planned anew
+    _, plan = plan_of(size, logits // 5, **options)
+    assert (plan.num_chunks, plan.kernel_pieces) == (8, 1)
+    # A prime number of examples has no equal chunks.
+    _, plan = plan_of((509, 8, 1024), logits // 5, **options)
+    assert plan.num_chunks == 7
 
 
 def test_auto_takes_the_strategy_that_is_documented() -> None:
@@ -1272,11 +1294,11 @@ def test_auto_takes_the_strategy_that_is_documented() -> None:
 
 # Lowering
 
-PLATFORMS = ["cpu", "cuda", "tpu"]
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @functools.cache
-def exported(strategy: str, local: bool) -> str:
+def exported(strategy: str, local: bool, platforms: tuple[str, ...] = PLATFORMS) -> str:
     """StableHLO of value and gradient, of bfloat16 features and kernel."""
     b, d, v = 64, 16, 256
     shapes = {
@@ -1306,10 +1328,10 @@ def exported(strategy: str, local: bool) -> str:
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     gradient = on_one_device(gradient) if local else gradient
-    lowered = jax.export.export(jax.jit(gradient), platforms=PLATFORMS)(
+    lowered = jax.export.export(jax.jit(gradient), platforms=platforms)(
         arrays, jax.ShapeDtypeStruct((b,), jnp.int32)
     )
-    assert lowered.platforms == tuple(PLATFORMS)
+    assert lowered.platforms == platforms
     return lowered.mlir_module()
 
 
@@ -1325,6 +1347,12 @@ def test_matmuls_of_bfloat16_take_bfloat16_and_give_float32_on_every_platform(
     )
     assert len(operands) >= (4 if strategy in ("recompute", "vocab") else 3)
     assert set(operands) == {("bf16", "bf16", "f32")}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_slices_of_bfloat16_arrays_are_integers_on_a_cpu_alone(platform: str) -> None:
+    module = exported("vocab", True, (platform,))
+    assert ("ui16" in module) == (platform == "cpu")
 
 
 # Contrastive learning
