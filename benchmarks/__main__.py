@@ -1,6 +1,7 @@
 """Time, memory and accuracy of the losses, beside other libraries.
 
-`run` measures and writes one JSON file, `report` renders such files. PyTorch and
+`run` measures and writes one JSON file, `compile` reads what the compiler of a GPU or
+TPU makes of the losses, `report` renders such files. PyTorch and
 TensorFlow take part where they are installed, each in a process of its own.
 """
 
@@ -22,6 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="measure, and write a JSON file"))
+    _add_compile(
+        commands.add_parser("compile", help="for a GPU or a TPU, and read the result")
+    )
     _add_report(commands.add_parser("report", help="render JSON files"))
     arguments = parser.parse_args()
     arguments.command(arguments)
@@ -61,13 +65,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="start no case that may end later; those not run are listed",
     )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=os.environ.get("OUT", RESULTS),
-        metavar="DIR",
-        help="default: $OUT, or benchmarks/results",
-    )
+    _add_shrink(parser)
+    _add_out(parser)
     for name in ("torch", "tensorflow"):
         parser.add_argument(
             f"--{name}-python",
@@ -108,11 +107,54 @@ def _run(arguments: argparse.Namespace) -> None:
         time_limit=(
             preset.time_limit if arguments.time_limit is None else arguments.time_limit
         ),
+        shrink=arguments.shrink,
         out=arguments.out,
     )
     if path.exists():
         print(report.summary(path))
     print(path)
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_compile)
+    parser.add_argument(
+        "--target",
+        choices=("h100", "v5e"),
+        required=True,
+        help="needs jax-cuda12-plugin and nvidia-cuda-nvcc-cu12, or libtpu; no device",
+    )
+    _add_shrink(parser)
+    _add_out(parser)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # where constants are made
+
+    from benchmarks import compiled
+
+    path = compiled.inspect(arguments.target, arguments.out, arguments.shrink)
+    print(report.summary(path))
+    print(path)
+
+
+def _add_shrink(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shrink",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide every size by N, for a try-out on a smaller machine",
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=os.environ.get("OUT", RESULTS),
+        metavar="DIR",
+        help="default: $OUT, or benchmarks/results",
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -83,6 +83,12 @@ class Case:
     def repeats(self) -> int:
         return math.ceil(self.batch / self.pool_rows)
 
+    def shrunk(self, divisor: int) -> "Case":
+        """A try-out of the same, every size divided."""
+        sizes = ("batch", "classes", "features")
+        smaller = {name: max(1, getattr(self, name) // divisor) for name in sizes}
+        return dataclasses.replace(self, **smaller)
+
     def pool(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
         """The drawn rows: float32 logits, still to be rounded, and int32 labels."""
         return _draw(self.pool_rows, self.classes, self.inputs, turn)
@@ -163,12 +169,7 @@ def _cpu() -> Iterator[Case]:
 def _gpu() -> Iterator[Case]:
     yield Case("1 GiB", 16384, 16384, "float32", "random", COPY)
     yield Case("square", 8192, 8192, "bfloat16", "random", MATMUL)
-    for head in (
-        ("Llama-3", 8192, 128256, 4096),
-        ("Gemma-2", 8192, 256000, 2304),
-        ("Llama-2", 16384, 32000, 4096),
-    ):
-        yield _fused(*head, "bfloat16")
+    yield from fused_on_gpu()
     shapes = (
         ("Llama-2", 32768, 32000),
         ("GPT-2", 8192, 50257),
@@ -180,6 +181,15 @@ def _gpu() -> Iterator[Case]:
                 yield Case(*shape, dtype, "random", what)
     for shape in shapes:
         yield Case(*shape, "float32", "confident", FORWARD)
+
+
+def fused_on_gpu() -> Iterator[Case]:
+    for head in (
+        ("Llama-3", 8192, 128256, 4096),
+        ("Gemma-2", 8192, 256000, 2304),
+        ("Llama-2", 16384, 32000, 4096),
+    ):
+        yield _fused(*head, "bfloat16")
 
 
 def _fused(model: str, batch: int, classes: int, features: int, dtype: str) -> Case:

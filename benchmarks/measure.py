@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cases import FORWARD, FUSED, OURS, Case, confident_rows
-from benchmarks.peers import Contestant, PeerError, first_line
+from benchmarks.peers import Contestant, PeerError, first_line, load_factors
 
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 40
 # So long do thread pools look for more work before they sleep.
@@ -85,16 +85,23 @@ class Measurement:
     def _errors(self) -> dict[str, dict[str, float]]:
         fused = self._case.what == FUSED
         exact = exact_mean(self._case) if fused else exact_losses(self._case)
+        gradients = exact_gradients(self._case) if fused else None
         errors = {}
         for name in [name for name in self._contestants if name != self._floor]:
             with self._unless_it_fails(name):
                 losses = self._contestants[name].losses()
                 if fused:
                     error = abs(float(losses) / float(exact) - 1)
-                    errors[name] = {"order 1": float(f"{error:.3g}")}
+                    found = {"order 1": error}
+                    found["gradient"] = distance(self._gradients(name), gradients)
+                    errors[name] = {k: float(f"{v:.3g}") for k, v in found.items()}
                 else:
                     errors[name] = worst_errors(self._case, losses, exact)
         return errors
+
+    def _gradients(self, name: str) -> Any:
+        contestant: Any = self._contestants[name]  # the fused loss has JAX peers alone
+        return contestant.gradients()
 
     @contextlib.contextmanager
     def _unless_it_fails(self, name: str) -> Iterator[None]:
@@ -127,6 +134,28 @@ def exact_mean(case: Case) -> np.ndarray:
         np.exp(z, out=z)
         total += float(np.sum(np.log(z.sum(axis=-1)) + peak - at_label))
     return np.array(total / case.batch)
+
+
+def exact_gradients(case: Case) -> Any:
+    """Gradients of the mean loss of the rounded factors, all logits in float32."""
+
+    def mean(factors: Any, labels: jax.Array) -> jax.Array:
+        logits = jnp.matmul(*factors, precision="highest")
+        at_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return (jax.nn.logsumexp(logits, axis=-1) - at_label).mean()
+
+    factors, labels = load_factors(case)
+    factors = jax.tree.map(lambda x: x.astype(jnp.float32), factors)
+    return jax.jit(jax.grad(mean))(factors, labels)
+
+
+def distance(gradients: Any, exact: Any) -> float:
+    """The larger relative error of the two gradients, in the Frobenius norm."""
+    errors = [
+        float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+        for a, b in zip(gradients, exact, strict=True)
+    ]
+    return max(errors)
 
 
 def exact_losses(case: Case) -> np.ndarray:

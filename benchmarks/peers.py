@@ -225,6 +225,9 @@ class _Compiled:
         del result  # outside of the clock, as a peer's result is
         return 1e3 * elapsed / calls
 
+    def gradients(self) -> Any:
+        return self._function(*self._inputs[0])[1]
+
     def losses(self) -> np.ndarray:
         result = self._function(*self._inputs[0])
         # With gradients, the value is the mean.
@@ -343,26 +346,29 @@ class Peers:
             except (ImportError, OSError, PeerError) as error:
                 self.absent[name] = first_line(error)
 
+    def functions(self, case: Case) -> dict[str, Callable[..., Any]]:
+        """What of each JAX library the case measures."""
+        if case.what == FUSED:
+            return {
+                name: _gradients(_within(case.workspace_bytes, name, fused))
+                for name, fused in self._fused.items()
+            }
+        if case.what in (COPY, MATMUL):
+            return {}
+        return {name: _measured(case, loss) for name, loss in self._losses.items()}
+
     def contestants(
         self, case: Case
     ) -> tuple[dict[str, Contestant], str, dict[str, str]]:
         """Contestants, which of them is the floor, and who failed and why."""
         floor, least = _floor(case)
-        functions: dict[str, Callable[..., Any]] = {}
-        if case.what == FUSED:
-            functions = {
-                name: _gradients(_within(case.workspace_bytes, name, fused))
-                for name, fused in self._fused.items()
-            }
-        elif case.what not in (COPY, MATMUL):
-            functions = {k: _measured(case, loss) for k, loss in self._losses.items()}
-        functions[floor] = least
+        functions = self.functions(case) | {floor: least}
         make: Callable[..., Contestant]
         if case.what == STEP:
-            factors, labels = _load_factors(case)
+            factors, labels = load_factors(case)
             make = functools.partial(_CompiledStep, factors=factors, labels=labels)
         elif case.what == FUSED:
-            factors, labels = _load_factors(case)
+            factors, labels = load_factors(case)
             make = functools.partial(_Compiled, inputs=[(*factors, labels)])
         else:
             make = functools.partial(_Compiled, inputs=_load(case))
@@ -414,6 +420,6 @@ def _load(case: Case) -> Inputs:
     return [load(*case.pool(turn)) for turn in range(case.turns)]
 
 
-def _load_factors(case: Case) -> tuple[Any, jax.Array]:
+def load_factors(case: Case) -> tuple[Any, jax.Array]:
     factors = tuple(jnp.asarray(x, case.dtype) for x in case.factors())
     return factors, jnp.asarray(np.resize(case.pool(0)[1], case.batch))

@@ -56,6 +56,9 @@ def report(files: Iterable[pathlib.Path], readme: pathlib.Path) -> None:
     for path in files:
         result = _read(path)
         page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
+        if result["preset"] == "compiled":
+            sections.append(f"### {_title(result)}\n\n{_short(result)}")
+            continue
         page.write_text(_page(result), "utf-8")
         _plot(result, picture)
         sections.append(_section(result, page, picture, readme.parent))
@@ -105,7 +108,11 @@ def _title(result: Result) -> str:
     device = environment["device"]
     if environment["platform"] == "cpu":
         device = f"{environment['processor']}, {environment['threads']} threads"
-    kinds = {"growth": "Growth of cost: ", "linear": "Fused loss: "}
+    kinds = {
+        "compiled": "Compiled, not run: ",
+        "growth": "Growth of cost: ",
+        "linear": "Fused loss: ",
+    }
     growth = kinds.get(result["preset"], "")
     only = f", only '{result['only']}'" if result["only"] else ""
     return f"{growth}{device}, JAX {result['versions']['jax']}{only}"
@@ -122,9 +129,14 @@ def _caption(result: Result) -> str:
 def _short(result: Result) -> str:
     if result["preset"] == "growth":
         return _growth_table(result)
-    if result["preset"] == "linear":
-        return _fused_table(result)
-    return _comparison_table(result)
+    if result["preset"] == "compiled":
+        return _compiled_tables(result)
+    tables = []
+    if _fused_cases(result):
+        tables.append(_fused_table(result))
+    if any(case["what"] in (*_LOSSES, STEP) for case in result["cases"]):
+        tables.append(_comparison_table(result))
+    return "\n\n".join([*tables, *_remarks(result)])
 
 
 # Entries of a result.
@@ -249,7 +261,7 @@ def _comparison_table(result: Result) -> str:
         "training step around the loss. error: worst relative error of the loss in "
         "rows with a margin of 20 nats. Random logits otherwise."
     )
-    parts = [legend, *_ceiling_lines(ceilings), _table(head, rows), *_remarks(result)]
+    parts = [legend, *_ceiling_lines(ceilings), _table(head, rows)]
     return "\n\n".join(parts)
 
 
@@ -361,14 +373,17 @@ def _fused_cases(result: Result, growth: bool = False) -> list[Any]:
 def _fused_table(result: Result) -> str:
     """Value and gradient of the mean: time beside ours, and temporaries."""
     cases = _fused_cases(result)
-    names = list(dict.fromkeys(n for c in cases for n in c["entries"]))
-    names.remove(OURS)
+    names = dict.fromkeys(n for c in cases for n in c["entries"] if n != OURS)
     rows = []
     for case in cases:
         shape = f"{case['batch']}×{case['features']}×{case['classes']}"
         ours = case["entries"].get(OURS)
         row = [f"{case['model']} {shape}", case["dtype"]]
         row += [_number(_median(ours, key), 3) for key in ("ms", "ratio_to_floor")]
+        work = 6 * case["batch"] * case["features"] * case["classes"]
+        row.append("-" if ours is None else _number(work / ours["ms"][1] / 1e9, 3))
+        error = {} if ours is None else ours.get("worst_error", {})
+        row.append(_pair(error.get(key) for key in ("order 1", "gradient")))
         row.append("-" if ours is None else _mib(ours["temp_bytes"]))
         for name in names:
             entry = case["entries"].get(name)
@@ -376,8 +391,58 @@ def _fused_table(result: Result) -> str:
             row.append(f"{_number(_median(entry, 'ratio_to_ours'))}, {memory}")
         rows.append(row)
     head = ["tokens×features×classes", "dtype", "ours, ms", "÷ three matmuls"]
+    head += ["TFLOP/s of three", "error of loss / gradient"]
     head += ["ours, MiB", *(f"{_name(name)}: time ÷ ours, MiB" for name in names)]
-    return "\n\n".join([_table(head, rows), *_remarks(result)])
+    return _table(head, rows)
+
+
+# What compilers made.
+
+
+def _compiled_tables(result: Result) -> str:
+    """Reads and writes of given logits; memory and matmuls of the fused loss."""
+    given = [case for case in result["cases"] if case["what"] != FUSED]
+    fused = [case for case in result["cases"] if case["what"] == FUSED]
+    rows = [
+        [
+            f"{case['model']} {case['batch']}×{case['classes']} {case['dtype']}",
+            case["what"],
+            _name(name),
+            *(str(e[key]) for key in ("reads", "writes", "float32_arrays")),
+            _mib(e["temp_bytes"]),
+        ]
+        for case in given
+        for name, e in case["entries"].items()
+    ]
+    head = ["logits", "what", "who", "reads", "writes", "in float32", "temporary MiB"]
+    legend = (
+        "Reads and writes of arrays of the logits' size, and how many of those written "
+        "are float32, counted in the optimised module."
+    )
+    parts = [legend, _table(head, rows)]
+    rows = []
+    for case in fused:
+        shape = f"{case['batch']}×{case['features']}×{case['classes']}"
+        for name, e in case["entries"].items():
+            kinds = [
+                f"{' × '.join(m['factors'])} → {m['product']}" for m in e["matmuls"]
+            ]
+            counted = (f"{kinds.count(k)} of {k}" for k in dict.fromkeys(kinds))
+            # Of TPU matmuls the text does not say.
+            added = [m["added_in_place"] for m in e["matmuls"] if "added_in_place" in m]
+            rows.append(
+                [
+                    f"{case['model']} {shape} {case['dtype']}",
+                    _name(name),
+                    _mib(e["temp_bytes"]),
+                    "; ".join(counted),
+                    str(sum(added)) if added else "-",
+                ]
+            )
+    head = ["tokens×features×classes", "who", "temporary MiB", "matmuls in the module"]
+    head.append("added in place")
+    parts.append(_table(head, rows))
+    return "\n\n".join(parts)
 
 
 # The page of a run.

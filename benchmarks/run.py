@@ -30,15 +30,18 @@ def run(
     pythons: dict[str, str],
     budget: float,
     time_limit: float,
+    shrink: int,
     out: pathlib.Path,
 ) -> pathlib.Path:
     """Measures and returns the path of the file, which is written after each case."""
     began = time.monotonic()
-    chosen = [c for c in PRESETS[preset_name].cases if only.lower() in c.name.lower()]
+    cases = (case.shrunk(shrink) for case in PRESETS[preset_name].cases)
+    chosen = [case for case in cases if only.lower() in case.name.lower()]
     started = Peers(peers, pythons, device, _threads())
     result: dict[str, Any] = {
         "preset": preset_name,
         "only": only,
+        "shrink": shrink,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": _environment(device),
         "versions": {"python": platform.python_version()} | started.versions,
@@ -64,7 +67,7 @@ def run(
             result["not_run"].append(f"{case.name} ({first_line(error)})")
         result["seconds"] = round(time.monotonic() - began)
         slowest = max(slowest, time.monotonic() - case_began)
-        _write(result, path)
+        write(result, path)
     bar.close()
     started.close()
     return path
@@ -86,7 +89,7 @@ def _run_case(
     return described | {"floor": floor, "failed": failed, "entries": entries}
 
 
-def _write(result: dict[str, Any], path: pathlib.Path) -> None:
+def write(result: dict[str, Any], path: pathlib.Path) -> None:
     """One line per case, so that a difference between two runs can be read."""
     head = json.dumps(result | {"cases": []}, indent=1, ensure_ascii=False)
     lines = ",\n".join(json.dumps(c, ensure_ascii=False) for c in result["cases"])
@@ -101,6 +104,8 @@ def _file_name(result: dict[str, Any]) -> str:
     parts = [kind, f"jax{result['versions']['jax']}"]
     if preset not in ("cpu", "gpu"):
         parts.append(preset)
+    if result["shrink"] > 1:
+        parts += ["shrink", str(result["shrink"])]
     if result["only"]:
         parts += ["only", result["only"]]
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()) for part in parts)
@@ -120,7 +125,7 @@ def _environment(device: str) -> dict[str, Any]:
         "threads": _threads(),
         "system": platform.system(),
         "load_average": round(os.getloadavg()[0], 2),
-        "revision": _revision(),
+        "revision": revision(),
     }
 
 
@@ -140,7 +145,7 @@ def _processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def _revision() -> str:
+def revision() -> str:
     """What was measured, by its commit."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     root = pathlib.Path(__file__).parent

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compiled
+
 ROOT = pathlib.Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
@@ -61,6 +63,7 @@ def test_accuracy_stands_beside_the_time(result: tuple[pathlib.Path, Any]) -> No
     (fused,) = [c for c in content["cases"] if c["what"] == "fused"]
     for name in set(fused["entries"]) - {fused["floor"]}:
         assert fused["entries"][name]["worst_error"]["order 1"] < 4e-6
+        assert fused["entries"][name]["worst_error"]["gradient"] < 1e-5
 
 
 def test_report_needs_only_the_json(
@@ -80,3 +83,67 @@ def test_report_needs_only_the_json(
         assert copy.with_suffix(".svg").name in rendered
     assert "<svg" in copy.with_suffix(".svg").read_text("utf-8")
     assert "x + 1 (floor)" in copy.with_suffix(".md").read_text("utf-8")
+
+
+def test_the_gpu_preset_runs_in_small_on_a_cpu(tmp_path: pathlib.Path) -> None:
+    preset = ("--preset", "gpu", "--device", "cpu", "--shrink", "256")
+    effort = ("--peers", "optax", "--budget", "0.01", "--out", str(tmp_path))
+    printed = benchmarks("run", *preset, *effort)
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text("utf-8"))
+    assert content["not_run"] == []
+    assert [case["failed"] for case in content["cases"]] == [{}] * 20
+    assert "share of copy bandwidth" in printed
+    assert "three matmuls" in printed
+
+
+MODULE = """\
+HloModule jit_f, is_scheduled=true
+
+%fused_reduce (param_0: bf16[6,50]) -> f32[6] {
+  %param_0 = bf16[6,50]{1,0} parameter(0)
+  %wide = f32[6,50]{1,0} convert(%param_0)
+  ROOT %sum = f32[6]{0} reduce(%wide, %zero), dimensions={1}, to_apply=%add
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %a = bf16[4,2]{1,0} constant({...})
+  %b = bf16[2,8]{1,0} constant({...})
+  %c = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %gemm = (f32[4,8]{1,0}, s8[64]{0}) custom-call(%a, %b, %c), \
+custom_call_target="__cublas$lt$matmul", backend_config={"alpha_real":1,"beta":1}
+}
+
+ENTRY %main (z: bf16[6,50]) -> (f32[6], bf16[6,50]) {
+  %z = bf16[6,50]{1,0:T(8,128)(2,1)} parameter(0)
+  %lse = f32[6]{0:T(128)S(1)} fusion(%z), kind=kInput, calls=%fused_reduce
+  %wide = f32[6,50]{1,0} fusion(%z), kind=kLoop, calls=%fused_convert
+  %two = (f32[6]{0}, bf16[6,50]{1,0}) fusion(%wide, /*index=1*/%lse), kind=kLoop
+  %dot = f32[6,6]{1,0} dot(%z, %z), lhs_contracting_dims={1}
+  %d = bf16[6,50]{1,0} get-tuple-element(%two), index=1
+  ROOT %out = (f32[6]{0}, bf16[6,50]{1,0}) tuple(%lse, %d)
+}
+"""
+
+
+def test_passes_over_the_logits_are_counted_in_a_compiled_module() -> None:
+    counted = compiled.passes(MODULE, 6 * 50)
+    assert counted == {"reads": 5, "writes": 2, "float32_arrays": 1}
+
+
+def test_matmuls_are_found_in_loops_too() -> None:
+    assert compiled.matmuls(MODULE) == [
+        {"factors": ["bf16", "bf16"], "product": "f32", "added_in_place": True},
+        {"factors": ["bf16", "bf16"], "product": "f32"},
+    ]
+
+
+def test_report_renders_what_compilers_made(tmp_path: pathlib.Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{START}\n{END}\n", "utf-8")
+    for path in (ROOT / "benchmarks" / "results").glob("compiled-*.json"):
+        benchmarks("report", str(path), "--readme", str(readme))
+        rendered = readme.read_text("utf-8")
+        assert "Compiled, not run" in rendered
+        assert rendered.count("| ours |") >= 7
