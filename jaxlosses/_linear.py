@@ -319,13 +319,18 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
     examples: Any = P(*batch)
     one: Any = P()
     every: Any = P(classes)
+    labels = examples
+    if on_logits.spec.dense:  # of size 1 on an axis along which they are shared
+        sizes = arrays.labels.shape
+        shared = (None if n == 1 else a for n, a in zip(sizes, batch, strict=False))
+        labels = P(*shared, classes)
     specs = _Arrays(
         Head(
             P(*batch, None),
             P(None, classes) if layout == "dv" else P(classes, None),
             every,
         ),
-        P(*batch, classes) if on_logits.spec.dense else examples,  # type: ignore[arg-type]
+        labels,
         every,
         every,
         examples,
@@ -338,7 +343,9 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
         is_leaf=lambda x: x is None,
     )
     arrays = jax.tree.map(jax.sharding.reshard, arrays, given)
-    spec = dataclasses.replace(on_logits.spec, axis_name=split)
+    # Inside a `shard_map` over other axes, the caller may have split the classes.
+    axis_name = (*on_logits.spec.axis_name, *split)
+    spec = dataclasses.replace(on_logits.spec, axis_name=axis_name)
     reduction = on_logits.reduction
     part = dataclasses.replace(
         on_logits, spec=spec, reduction="none" if reduction == "none" else "sum"
@@ -372,12 +379,14 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def _mass(static: _Fused, arrays: _Arrays) -> Array:
     """What a mean divides by."""
+    dtype = _statistics.accumulation_dtype(_chunked.compute_dtype(arrays.head))
     if static.on_logits.spec.dense:
-        labels = arrays.labels[..., 0]
-        example = Example(_counted(static, arrays), None, arrays.weights)
-        return _combine.denominator(jnp.zeros_like(labels, jnp.float32), example)
-    _, example = _examples(static, arrays)
-    return _combine.denominator(jnp.zeros(arrays.labels.shape, jnp.float32), example)
+        weights = _cross_entropy.optional(arrays.weights, dtype)
+        example = Example(_counted(static, arrays), None, weights)
+    else:
+        _, example = _examples(static, arrays)
+    like = jnp.zeros(arrays.head.hidden.shape[:-1], dtype)
+    return _combine.denominator(like, example)
 
 
 def _run(static: _Fused, arrays: _Arrays) -> Any:

@@ -537,3 +537,56 @@ def test_split_logits_serve_forward_mode_second_derivatives_and_vmap() -> None:
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), want, got
     )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_mean_over_explicit_axes_divides_by_the_weights_of_all_examples(
+    dense: bool,
+) -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, FEATURES)).astype(np.float32)
+    kernel = (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32)
+    weights = rng.integers(1, 5, B)  # exact in bfloat16
+    labels: Any = rng.integers(0, CLASSES, B)
+    if dense:  # one distribution for all
+        labels = rng.dirichlet(np.ones(CLASSES), 1).astype(np.float32)
+    mesh = typed_mesh((2, 4), "Explicit")
+    with jax.set_mesh(mesh):
+        got = jl.linear_softmax_cross_entropy(
+            put(mesh, hidden, "data"),
+            put(mesh, kernel, None, "model"),
+            put(mesh, labels, None if dense else "data"),
+            weights=put(mesh, weights.astype(jnp.bfloat16), "data"),
+            reduction="mean",
+        )
+    logits = hidden.astype(np.float64) @ kernel.astype(np.float64)
+    want = oracle.loss(
+        logits, np.broadcast_to(labels, (B, CLASSES)) if dense else labels
+    )
+    np.testing.assert_allclose(got, np.average(want, weights=weights), rtol=2e-6)
+
+
+def test_classes_split_by_hand_and_by_type_at_once() -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, FEATURES)).astype(np.float32)
+    kernel = (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32)
+    labels = rng.integers(0, CLASSES, B)
+    mesh = typed_mesh((2, 4), "Explicit")
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return jl.linear_softmax_cross_entropy(
+            hidden, kernel, labels, reduction="mean", axis_name="data"
+        )
+
+    with jax.set_mesh(mesh):
+        by_hand = jax.shard_map(
+            loss,
+            in_specs=(P(), P(None, "data"), P()),
+            out_specs=P(),
+            axis_names={"data"},
+        )
+        placed = put(mesh, kernel, None, ("data", "model"))
+        arrays = (put(mesh, hidden), placed, put(mesh, labels))
+        got = jax.jit(by_hand)(*arrays)
+    want = oracle.loss(hidden.astype(np.float64) @ kernel.astype(np.float64), labels)
+    np.testing.assert_allclose(got, want.mean(), rtol=2e-6)
