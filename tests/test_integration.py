@@ -1,6 +1,5 @@
 """The losses in training loops as people write them: Flax, Optax, the demo."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_device
 import optax
 import pytest
 from flax import linen, nnx
@@ -236,7 +236,7 @@ def test_demo_runs_with_either_import(package: str, tmp_path: pathlib.Path) -> N
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env=demo_environment(),
+        env=one_device.environment(),
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
@@ -251,19 +251,8 @@ def test_sharding_notebook_holds_what_it_asserts() -> None:
         capture_output=True,
         text=True,
         timeout=300,
-        env=demo_environment(),
+        env=one_device.environment(),
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert "4096 512 × 8" in run.stdout
-
-
-def demo_environment() -> dict[str, str]:
-    root = str(DEMO.parent.parent)
-    paths = [root, os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "MPLBACKEND": "Agg",
-        "XLA_FLAGS": "",  # the tests ask for eight devices
-        "JAX_PLATFORMS": "cpu",
-    }

@@ -4,13 +4,8 @@ The oracle takes the float64 product of the arguments as they were rounded, and 
 chain rule through that product is NumPy's.
 """
 
-import ast
 import functools
-import os
-import pathlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +13,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import one_device
 import oracle
 import pytest
 from jax.test_util import check_grads
@@ -1140,25 +1136,9 @@ def temporary_bytes(b: int, d: int, v: int, strategy: str, workspace: int) -> in
 
 @functools.cache
 def temporaries() -> dict[tuple[int, int, int, str, int], int]:
-    """`temporary_bytes` of each case where JAX has one CPU device, as users have."""
-    folder = pathlib.Path(__file__).parent
-    code = "import test_linear as t; print([t.temporary_bytes(*c) for c in t.MEMORY])"
-    paths = [str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-        },
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return dict(zip(MEMORY, ast.literal_eval(run.stdout), strict=True))
+    """`temporary_bytes` of each case."""
+    sizes = one_device.results("test_linear", "temporary_bytes", MEMORY)
+    return dict(zip(MEMORY, sizes, strict=True))
 
 
 @pytest.mark.parametrize("case", MEMORY, ids=str)

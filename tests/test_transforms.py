@@ -1,18 +1,14 @@
 """The losses under jit, vmap, scan, checkpoint and every kind of differentiation."""
 
-import ast
 import contextlib
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_device
 import oracle
 import pytest
 from jax.test_util import check_grads
@@ -364,27 +360,8 @@ def temporary_bytes(kind: str, option: str, forward_mode: bool) -> int:
 
 
 def temporaries(cases: list[tuple[str, str, bool]]) -> list[int]:
-    """`temporary_bytes` of each case where JAX has one CPU device, as users have."""
-    folder = pathlib.Path(__file__).parent
-    code = (
-        f"import test_transforms as t; print([t.temporary_bytes(*c) for c in {cases}])"
-    )
-    paths = [str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-        },
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return ast.literal_eval(run.stdout)
+    """`temporary_bytes` of each case."""
+    return one_device.results("test_transforms", "temporary_bytes", cases)
 
 
 @pytest.mark.parametrize("kind", KINDS)
