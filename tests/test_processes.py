@@ -18,9 +18,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "notebooks" / "sharded_language_model.py"
 STEPS = 24
 # Seconds without a sign of life, after which JAX takes a process for dead.
-TIMEOUT = 10
+TIMEOUT = 20
 # What the survivor may take beyond that, on a machine that is busy.
-GRACE = 20
+GRACE = 40
 PATIENCE = 240
 
 Losses = dict[int, float]
