@@ -70,7 +70,8 @@ def softmax_cross_entropy(
             over the examples that count. With nothing to count the mean is 0
             and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
-            are split; `class_weights` and `where` are the local part.
+            are split, equally: fill up classes that do not divide, and mask them with
+            `where`. `class_weights` and `where` are the local part.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -196,7 +197,8 @@ def softmax_cross_entropy_with_integer_labels(
             with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch. With nothing
             to count the mean is 0 and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
-            are split; labels are global ids, `class_weights` and `where` are the
+            are split, equally: fill up classes that do not divide, and mask them with
+            `where`. Labels are global ids, `class_weights` and `where` are the
             local part.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.

@@ -119,7 +119,8 @@ def linear_softmax_cross_entropy(
             with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch. With nothing
             to count the mean is 0 and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
-            are split; labels are global ids; `kernel`, `bias`, `class_weights` and
+            are split, equally: fill up classes that do not divide, and mask them with
+            `where`. Labels are global ids; `kernel`, `bias`, `class_weights` and
             `where` are the local part.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
