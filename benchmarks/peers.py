@@ -225,14 +225,11 @@ class _Compiled:
         del result  # outside of the clock, as a peer's result is
         return 1e3 * elapsed / calls
 
-    def gradients(self) -> Any:
-        return self._function(*self._inputs[0])[1]
+    def result(self) -> Any:
+        return self._function(*self._inputs[0])
 
     def losses(self) -> np.ndarray:
-        result = self._function(*self._inputs[0])
-        # With gradients, the value is the mean.
-        value = result[0] if isinstance(result, tuple) else result
-        return np.asarray(value, np.float64)
+        return np.asarray(self.result(), np.float64)
 
 
 class _CompiledStep:

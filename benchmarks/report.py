@@ -29,6 +29,8 @@ Entry = dict[str, Any]
 # An entry is found by what identifies its case, and by its contestant.
 Key = tuple[str, int, int, str, str, str]
 
+# Of the presets in the README.
+_ORDER = ("quick", "cpu", "gpu", "linear", "growth", "compiled")
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 _NAMES = {
     OURS: "ours",
@@ -53,8 +55,9 @@ _COLORS = {
 def report(files: Iterable[pathlib.Path], readme: pathlib.Path) -> None:
     """Writes a page and a plot beside each file, and all tables into the README."""
     sections = []
-    for path in files:
-        result = _read(path)
+    results = {path: _read(path) for path in files}
+    for path in sorted(results, key=lambda p: _ORDER.index(results[p]["preset"])):
+        result = results[path]
         page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
         if result["preset"] == "compiled":
             sections.append(f"### {_title(result)}\n\n{_short(result)}")

@@ -241,9 +241,10 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     on_logits = static.on_logits
     *batch, _ = head.hidden.shape
     examples, classes = math.prod(batch), _chunked.num_classes(layout, head.kernel)
+    on_cpu = jax.default_backend() == "cpu"
     if workspace is None:
         workspace = _WORKSPACE
-        if jax.default_backend() == "cpu":
+        if on_cpu:
             least, most = _CPU_WORKSPACE
             workspace = min(max(least, 4 * examples * classes // 6), most)
     local = _is_local()
@@ -275,7 +276,6 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
         return strategy, Plan(layout, chunks(classes, 2))
     pieces = examples if local or not batch else batch[axis]
     number = chunks(pieces)
-    on_cpu = jax.default_backend() == "cpu"
     if not (local and on_cpu):
         # Equal chunks need no padding, whose entries would move between devices; and
         # a matmul of whole tiles pads no operand.
