@@ -142,7 +142,9 @@ def test_matmuls_are_found_in_loops_too() -> None:
 def test_report_renders_what_compilers_made(tmp_path: pathlib.Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"{START}\n{END}\n", "utf-8")
-    for path in (ROOT / "benchmarks" / "results").glob("compiled-*.json"):
+    paths = sorted((ROOT / "benchmarks" / "results").glob("compiled-*.json"))
+    assert len(paths) == 2
+    for path in paths:
         benchmarks("report", str(path), "--readme", str(readme))
         rendered = readme.read_text("utf-8")
         assert "Compiled, not run" in rendered

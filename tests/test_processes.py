@@ -1,7 +1,6 @@
 """The sharded language model in two processes: same curve, a death, a restart."""
 
 import contextlib
-import os
 import pathlib
 import re
 import socket
@@ -12,10 +11,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import one_device
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-SCRIPT = ROOT / "notebooks" / "sharded_language_model.py"
+NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
+SCRIPT = NOTEBOOKS / "sharded_language_model.py"
 STEPS = 24
 # Seconds without a sign of life, after which JAX takes a process for dead.
 TIMEOUT = 20
@@ -28,14 +28,12 @@ Losses = dict[int, float]
 
 @contextlib.contextmanager
 def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    environment.pop("XLA_FLAGS", None)
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=one_device.environment(),
     )
     try:
         yield process
@@ -138,5 +136,6 @@ def test_a_restart_from_a_checkpoint_goes_on_with_the_same_losses(
     story: Story,
 ) -> None:
     assert 3 <= story.first <= max(story.interrupted) + 1
+    assert story.first < STEPS
     assert list(story.restarted) == list(range(story.first, STEPS))
     agree(story.restarted, story.alone)
