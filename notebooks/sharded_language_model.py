@@ -91,11 +91,11 @@ def read_tokens() -> np.ndarray:
     assert tokenizer.get_vocab_size() == VOCABULARY
     stream = np.concatenate([e.ids for e in tokenizer.encode_batch(texts)])
     windows = len(stream) // (CONTEXT + 1)
-    tokens = stream[: windows * (CONTEXT + 1)].reshape(windows, CONTEXT + 1)
+    stream = stream[: windows * (CONTEXT + 1)].astype(np.int32)
     # Another Python has another standard library.
-    checksum = np.array(zlib.crc32(tokens.astype(np.int32).tobytes()))
+    checksum = np.array(zlib.crc32(stream.tobytes()))
     multihost_utils.assert_equal(checksum, "The processes have read different texts.")
-    return tokens.astype(np.int32)
+    return stream.reshape(windows, CONTEXT + 1)
 
 
 def main(arguments: list[str]) -> None:
@@ -135,7 +135,8 @@ def main(arguments: list[str]) -> None:
         parameters = nnx.state(new_model())
         return {"parameters": parameters, "optimizer": adam.init(parameters)}
 
-    shardings = jax.tree.map(place, jax.eval_shape(new_state))
+    shapes = jax.eval_shape(new_state)
+    shardings = jax.tree.map(place, shapes)
 
     # By hand, so that each device adds up its own chunks, and the gradient of the
     # embedding is summed over the data axis once.
@@ -193,7 +194,7 @@ def main(arguments: list[str]) -> None:
     if first:
         like = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            jax.eval_shape(new_state),
+            shapes,
             shardings,
         )
         state = manager.restore(first, args=ocp.args.StandardRestore(like))
