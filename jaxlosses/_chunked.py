@@ -540,7 +540,7 @@ def _evaluate_classes(way: Way, product: Product) -> Statistics:
         part = _statistics.partial(pieces.spec, piece.inputs, piece.target)
         part = _shifted(part, piece.start)
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, part)
-        merged = _statistics.merge(both, two, whole)
+        merged = _statistics.merge(spec, both, two, whole)
         return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
 
     part, _ = _scan(
@@ -550,7 +550,7 @@ def _evaluate_classes(way: Way, product: Product) -> Statistics:
         shard = num_classes(way.plan.layout, product.head.kernel)
         part = _shifted(part, shard * lax.axis_index(spec.axis_name))
         over = _reducers((lax.pmax, lax.pmin, lax.psum), axis_name=spec.axis_name)
-        part = _statistics.merge(part, over, whole)
+        part = _statistics.merge(spec, part, over, whole)
     return _squeezed(spec, _statistics.finish(spec, part, whole))
 
 
@@ -681,13 +681,10 @@ class _Pieces:
         spec, labels = self.spec, self._product.examples.labels
         shape = (*labels.shape, 1)
         zero, none = jnp.zeros(shape, self._acc), jnp.full(shape, -jnp.inf, self._acc)
-        capped = spec.softcap is not None and self._acc != jnp.float64
         return Partial(
             none,
             none,
             zero,
-            none if capped else None,
-            none if capped else None,
             zero if spec.smooth else None,
             jnp.zeros((1,) * len(shape), self._acc) if spec.smooth else None,
             jnp.full(shape, -1, jnp.int32) if spec.predicted else None,

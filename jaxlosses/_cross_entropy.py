@@ -403,7 +403,7 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Any:
         optional(arrays.logit_scale, dtype),
     )
     statistics = _logits.statistics(spec, inputs, static.forward_mode)
-    lse = _statistics.lse(inputs, statistics)
+    lse = _statistics.lse(spec, inputs, statistics)
     terms = jax.tree.map(
         lambda a: jnp.squeeze(a, spec.axes),
         Terms(lse, statistics.nll, statistics.smooth),

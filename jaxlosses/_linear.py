@@ -532,9 +532,10 @@ def _per_example(
     example: Example,
 ) -> tuple[Array, Stats | None]:
     """Loss of each example, and its metrics if they are wanted."""
+    lse = _statistics.lse(static.spec, inputs, statistics)
     terms = jax.tree.map(
         lambda a: jnp.squeeze(a, -1),
-        Terms(_statistics.lse(inputs, statistics), statistics.nll, statistics.smooth),
+        Terms(lse, statistics.nll, statistics.smooth),
     )
     loss = _combine.per_example(coefficients, terms, example)
     if not static.return_stats:

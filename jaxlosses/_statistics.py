@@ -26,9 +26,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
+
+from jaxlosses import _pairs, _softcap
+from jaxlosses._pairs import Pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,6 @@ class Spec:
     few: bool = False
 
 
-# Nodes at which tanh is tabulated, per unit.
-_NODES = 16
-
 Values = Float[Array, "..."]
 Ids = Integer[Array, "..."]
 Mask = Bool[Array, "..."]
@@ -95,8 +94,9 @@ class Inputs(NamedTuple):
 class Statistics(NamedTuple):
     """Statistics of each example, all of shape `K` in the accumulation dtype.
 
-    `peak` is locally constant: the derivative of `lse = |scale| * peak + spread` is
-    carried by `spread`. Examples that do not count have zeros.
+    `peak` is before cap and scale, and locally constant: the derivative of
+    `lse = |scale| * cap(peak) + spread` is carried by `spread`. Examples that do not
+    count have zeros.
     """
 
     peak: Values
@@ -127,23 +127,18 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
 
     Returns:
         `gap = z - m`, of the logits' shape, `-inf` for a masked class; `peak`, before
-        the magnitude of the scale; and `spread`.
+        the cap and the magnitude of the scale; and `spread`.
     """
-    signed, magnitude = _signed(spec, inputs)
+    signed, magnitude = _signed(inputs)
     peak = _distribution(_max(spec, signed))
     top = signed == peak
     rival, mass = _rivals(spec, jnp.where(top, -jnp.inf, signed), magnitude)
-    low = jnp.zeros_like(peak)
-    exact_peak, exact_rival = Pair(peak, low), Pair(rival, low)
-    if _is_cap_rounded(spec, peak):
-        raw = _signed(spec, inputs, capped=False)[0]
-        exact_peak = _exact_cap(spec, _max(spec, raw))
-        exact_rival = _exact_cap(spec, _max(spec, jnp.where(top, -jnp.inf, raw)))
-    ratio = _exp_of_sum(_difference(exact_rival, exact_peak, magnitude))
+    ratio = _exp_of_sum(_lead(spec, rival, peak, magnitude))
     ties = _sum(spec, jnp.where(top, 1, 0).astype(mass.dtype))
     # The mass joins last: added to the count of ties, its digits would be lost.
     spread = jnp.log1p((ties - 1) + mass * ratio)
-    return _scaled(signed - peak, magnitude), peak, jnp.where(ties == 0, peak, spread)
+    spread = jnp.where(ties == 0, peak, spread)
+    return _scaled(_gap(spec, signed, peak), magnitude), peak, spread
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
@@ -160,41 +155,39 @@ def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
         target = uniform_of(spec, inputs, gap.dtype).target
         smooth = _expected(spec, target, spread - gap)
     if spec.predicted:
-        predicted = jnp.where(jnp.isnan(spread), -1, first(spec, gap == 0))
+        at_peak = _signed(inputs)[0] == peak
+        predicted = jnp.where(jnp.isnan(spread), -1, first(spec, at_peak))
     statistics = Statistics(peak, spread, nll, smooth, predicted)
     return _counted_only(statistics, inputs.counted)
 
 
 def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, Values]:
     """`gap`, `peak`, `spread` and `nll`, from the label's logit and its rivals."""
-    signed, magnitude = _signed(spec, inputs)
+    signed, magnitude = _signed(inputs)
     part = _partial(spec, inputs, signed, magnitude)
     peak, spread, nll = _finish(spec, part, magnitude)
     nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
-    return _scaled(signed - peak, magnitude), peak, spread, nll
+    return _scaled(_gap(spec, signed, peak), magnitude), peak, spread, nll
 
 
 class Partial(NamedTuple):
     """What a loss on class ids needs of some of the classes; parts can be merged.
 
     Attributes:
-        label: logit at the label, after cap and sign of the scale; `-inf` where the
-            label is not among these classes.
-        rival: the largest of the other logits.
-        mass: sum over the others of `exp` of the logit less `rival`.
-        raw_label: `label` before a cap that rounds, or None.
-        raw_rival: the same of `rival`.
-        slack: sum over classes of `u_j (m - z_j)`, with `m` the larger of `label` and
-            `rival`; or None.
+        label: logit at the label, with the sign of the scale; `-inf` where the label
+            is not among these classes.
+        rival: the largest of the other logits, likewise.
+        mass: sum over the others of `exp` of what they are behind `rival`, after cap
+            and scale.
+        slack: sum over classes of `u_j` times what they are behind the larger of
+            `label` and `rival`, likewise; or None.
         share: sum of `u_j`, or None.
-        predicted: lowest class id at `m`, or None.
+        predicted: lowest id of the largest logit, or None.
     """
 
     label: Values
     rival: Values
     mass: Values
-    raw_label: Values | None = None
-    raw_rival: Values | None = None
     slack: Values | None = None
     share: Values | None = None
     predicted: Ids | None = None
@@ -208,13 +201,13 @@ def partial(spec: Spec, inputs: Inputs, uniform: Values | None) -> Partial:
         inputs: of these classes; labels count from the first of them.
         uniform: `u_j` of these classes, or None without smoothing.
     """
-    signed, magnitude = _signed(spec, inputs)
+    signed, magnitude = _signed(inputs)
     part = _partial(spec, inputs, signed, magnitude)
     peak = jnp.maximum(part.label, part.rival)
     slack = share = predicted = None
     if uniform is not None:
         base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
-        slack = _expected(spec, uniform, _scaled(base - signed, magnitude))
+        slack = _expected(spec, uniform, -_scaled(_gap(spec, signed, base), magnitude))
         share = _sum(spec, uniform)
     if spec.predicted:
         predicted = first(spec, signed == peak)
@@ -229,14 +222,14 @@ class Reducers(NamedTuple):
     sum: Callable[[Array], Array]
 
 
-def merge(part: Partial, reducers: Reducers, inputs: Inputs) -> Partial:
+def merge(spec: Spec, part: Partial, reducers: Reducers, inputs: Inputs) -> Partial:
     """The statistics of all classes from those of the parts."""
     magnitude = None if inputs.scale is None else _magnitude(inputs.scale)
 
     def below(largest: Values, own: Values) -> Values:
         # Without any class, -inf - (-inf) would be NaN.
         base = jnp.where(largest == -jnp.inf, 0, largest)
-        return _scaled(own - base, magnitude)
+        return _scaled(_gap(spec, own, base), magnitude)
 
     rival = reducers.max(part.rival)
     # One part has the label, and a sum keeps its NaN.
@@ -244,10 +237,7 @@ def merge(part: Partial, reducers: Reducers, inputs: Inputs) -> Partial:
     label = reducers.sum(jnp.where(none, 0, part.label))
     label = jnp.where(reducers.min(none.astype(jnp.int32)) == 1, -jnp.inf, label)
     mass = reducers.sum(part.mass * jnp.exp(below(rival, part.rival)))
-    raw_label = raw_rival = slack = share = predicted = None
-    if part.raw_label is not None and part.raw_rival is not None:
-        raw_label = reducers.max(part.raw_label)
-        raw_rival = reducers.max(part.raw_rival)
+    slack = share = predicted = None
     own = jnp.maximum(part.label, part.rival)
     peak = jnp.maximum(label, rival)
     if part.slack is not None and part.share is not None:
@@ -261,7 +251,7 @@ def merge(part: Partial, reducers: Reducers, inputs: Inputs) -> Partial:
         nobody = jnp.iinfo(part.predicted.dtype).max
         predicted = reducers.min(jnp.where(found, part.predicted, nobody))
         predicted = jnp.where(predicted == nobody, -1, predicted)
-    return Partial(label, rival, mass, raw_label, raw_rival, slack, share, predicted)
+    return Partial(label, rival, mass, slack, share, predicted)
 
 
 def finish(spec: Spec, part: Partial, inputs: Inputs) -> Statistics:
@@ -291,12 +281,7 @@ def _partial(
     is_label = _is_label(spec, inputs)
     label = _at_label(spec, inputs, signed, is_label)
     rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
-    raw_label = raw_rival = None
-    if _is_cap_rounded(spec, label):
-        raw = _signed(spec, inputs, capped=False)[0]
-        raw_label = _at_label(spec, inputs, raw, is_label)
-        raw_rival = _max(spec, jnp.where(is_label, -jnp.inf, raw))
-    return Partial(label, rival, mass, raw_label, raw_rival)
+    return Partial(label, rival, mass)
 
 
 def _partial_of_pieces(spec: Spec, inputs: Inputs) -> Partial:
@@ -378,26 +363,12 @@ def _finish(
     """
     label, rival, mass = part.label, part.rival, part.mass
     peak = _distribution(jnp.maximum(label, rival))
-    low = jnp.zeros_like(peak)
-    exact_label, exact_rival = Pair(label, low), Pair(rival, low)
-    if part.raw_label is not None and part.raw_rival is not None:
-        exact_label = _exact_cap(spec, part.raw_label)
-        exact_rival = _exact_cap(spec, part.raw_rival)
-    lead = _difference(exact_label, exact_rival, magnitude)
+    lead = _lead(spec, label, rival, magnitude)
     ahead = lead.high >= 0
     ratio = _exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
     spread = jnp.log1p(jnp.where(ahead, mass * ratio, (mass - 1) + ratio))
     spread = jnp.where(jnp.isnan(peak), peak, spread)
-    nll = spread - jnp.minimum(lead.high + lead.low, 0)
-    if part.raw_label is not None:
-        # What the peak was rounded by is the spread's to carry.
-        high, low = (
-            jnp.where(ahead, a, b)
-            for a, b in zip(exact_label, exact_rival, strict=True)
-        )
-        rounding = _scaled((high - peak) + low, magnitude)
-        spread = spread + _where(jnp.isfinite(rounding), rounding)
-    return peak, spread, nll
+    return peak, spread, spread - jnp.minimum(lead.high + lead.low, 0)
 
 
 def _at_label(spec: Spec, inputs: Inputs, a: Values, is_label: Mask) -> Values:
@@ -423,7 +394,9 @@ def _rivals(
         others = lax.optimization_barrier(others)
     rival = _max(spec, others)
     # Without any, -inf - (-inf) would be NaN.
-    gap = others - jnp.where(rival == -jnp.inf, 0, rival)
+    gap = _gap(spec, others, jnp.where(rival == -jnp.inf, 0, rival))
+    if spec.in_cache and spec.softcap is not None:
+        gap = lax.optimization_barrier(gap)
     return rival, _sum(spec, jnp.exp(_scaled(gap, magnitude)))
 
 
@@ -473,8 +446,10 @@ def pullback(
     peak, spread, nll = statistics.peak, statistics.spread, statistics.nll
     present = _both(inputs.where, inputs.counted)
 
-    signed, magnitude, slope = _transformed(spec, inputs)
-    gap = signed - peak
+    logits = inputs.logits.astype(peak.dtype)
+    signed, magnitude = _with_sign(logits, inputs.scale)
+    # What is masked may hold a NaN, which must not reach a derivative.
+    gap = _where(present, _gap(spec, signed, peak))
     log_p = _scaled(gap, magnitude) - spread
     p = jnp.exp(log_p)
     # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
@@ -517,8 +492,8 @@ def pullback(
         d_logits = inputs.scale * d_z
         d_scale = jnp.sum(d_z * _where(jnp.isfinite(gap), gap))
         d_scale = jnp.where(inputs.scale < 0, -d_scale, d_scale)
-    if slope is not None:
-        d_logits = slope * d_logits
+    if spec.softcap is not None:
+        d_logits = _softcap.slope(spec.softcap, logits) * d_logits
     d_logits = d_logits.astype(inputs.logits.dtype)
     return Inputs(d_logits, d_labels, None, None, d_class_weights, d_scale)
 
@@ -543,13 +518,17 @@ def num_shards(spec: Spec) -> int:
     return lax.axis_size(spec.axis_name) if spec.axis_name else 1
 
 
-def lse(inputs: Inputs, statistics: Statistics) -> Values:
+def lse(spec: Spec, inputs: Inputs, statistics: Statistics) -> Values:
     """Log-sum-exp of the transformed logits; zero for what does not count."""
-    peak = statistics.peak
+    # A NaN is in the spread as well; here it would be the slope of the scale.
+    peak = _where(~jnp.isnan(statistics.peak), lax.stop_gradient(statistics.peak))
+    low = jnp.zeros_like(peak)
+    if spec.softcap is not None:
+        peak, low = _softcap.exact_difference(spec.softcap, peak, low)
     if inputs.scale is not None:
-        # A NaN is in the spread as well; here it would be the slope of the scale.
-        peak = _magnitude(inputs.scale) * _where(~jnp.isnan(peak), peak)
-    return peak + statistics.spread
+        magnitude = _magnitude(inputs.scale)
+        peak, low = magnitude * peak, magnitude * low
+    return peak + (low + statistics.spread)
 
 
 def _distribution(peak: Values) -> Values:
@@ -557,31 +536,25 @@ def _distribution(peak: Values) -> Values:
     return jnp.where(jnp.isfinite(peak), peak, jnp.nan)
 
 
-class Pair(NamedTuple):
-    """A number as the sum of two, the second one small."""
+def _gap(spec: Spec, a: Values, b: Values) -> Values:
+    """`cap(a) - cap(b)`, for the exponential of a logit `a`."""
+    if spec.softcap is None:
+        return a - b
+    return _softcap.difference(spec.softcap, a, b)
 
-    high: Values
-    low: Values
 
-
-def _difference(a: Pair, b: Pair, magnitude: Values | None) -> Pair:
-    """`magnitude * (a - b)`.
+def _lead(spec: Spec, a: Values, b: Values, magnitude: Values | None) -> Pair:
+    """`magnitude * (cap(a) - cap(b))`, for two logits of every example.
 
     A rounding is worth up to 4e-6 at 80 nats, all of it an error of the loss.
     """
-    gap = a.high - b.high
-    back = gap - a.high
-    low = (a.high - (gap - back)) - (b.high + back) + (a.low - b.low)
+    if spec.softcap is None:
+        lead = _pairs.add(a, -b)
+    else:
+        lead = _softcap.exact_difference(spec.softcap, a, b)
     if magnitude is not None:
-        # The product of two halves of the digits is exact, fused or not.
-        info = jnp.finfo(gap.dtype)
-        high, high_gap = (
-            lax.reduce_precision(x, info.nexp, info.nmant // 2)
-            for x in (magnitude, gap)
-        )
-        low = magnitude * ((gap - high_gap) + low) + (magnitude - high) * high_gap
-        gap = high * high_gap
-    return Pair(gap, _where(jnp.isfinite(low), low))
+        lead = _pairs.multiply(lead, _pairs.of(magnitude))
+    return lead._replace(low=_where(jnp.isfinite(lead.low), lead.low))
 
 
 def _exp_of_sum(x: Pair) -> Values:
@@ -592,87 +565,28 @@ def _exp_of_sum(x: Pair) -> Values:
     return jnp.exp(x.high) * series
 
 
-def _is_cap_rounded(spec: Spec, capped: Values) -> bool:
-    """Whether a capped logit has too few digits for the lead of a label."""
-    return spec.softcap is not None and capped.dtype != jnp.float64
-
-
-def _exact_cap(spec: Spec, raw: Values) -> Pair:
-    """`c tanh(raw / c)` of float32 numbers, to 1e-8 of the cap.
-
-    By the addition theorem from a node `k / 16` of `tanh`, which is tabulated, and
-    the tangent `t` of the short way from it:
-
-        tanh(a + b) = tanh(a) + t (1 - tanh(a)^2) / (1 + t tanh(a)),    t = tanh(b)
-    """
-    assert spec.softcap is not None
-    cap = np.float64(np.float32(spec.softcap))
-    nodes = np.arange(10 * _NODES + 1) / _NODES  # tanh(10) is 1 - 4e-9
-    tanh = np.tanh(nodes)
-    # Without sech^2, the last node would still rise.
-    rise = cap / np.square(np.cosh(nodes))
-
-    def at(table: np.ndarray) -> tuple[Values, Values]:
-        high = table.astype(np.float32)
-        low = (table - high).astype(np.float32)
-        return jnp.asarray(high)[node], jnp.asarray(low)[node]
-
-    size = jnp.abs(_where(jnp.isfinite(raw), raw))
-    node = jnp.minimum(jnp.round(size / np.float32(cap / _NODES)), nodes.size - 1)
-    node = node.astype(jnp.int32)
-    start, start_low = at(cap * nodes)
-    b = jnp.clip(((size - start) - start_low) / np.float32(cap), -0.5, 0.5)
-    square = jnp.square(b)
-    t = b * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
-    high, low = at(cap * tanh)
-    low = low + t * at(rise)[0] / (1 + t * at(tanh)[0])
-    total = high + low
-    high, low = total, (high - total) + low
-    sign = jnp.where(raw < 0, -1, 1).astype(raw.dtype)
-    finite = jnp.isfinite(raw)
-    return Pair(jnp.where(finite, sign * high, raw), _where(finite, sign * low))
-
-
 def _scaled(gap: Values, magnitude: Values | None) -> Values:
     return gap if magnitude is None else magnitude * gap
 
 
-def _signed(
-    spec: Spec, inputs: Inputs, *, capped: bool = True
-) -> tuple[Values, Values | None]:
-    """`sign(scale) * cap(logits)`, `-inf` for a masked class, and `|scale|`."""
-    if not capped:
-        spec = dataclasses.replace(spec, softcap=None)
-    signed, magnitude, _ = _transformed(spec, inputs)
+def _signed(inputs: Inputs) -> tuple[Values, Values | None]:
+    """`sign(scale) * logits`, `-inf` for a masked class, and `|scale|`.
+
+    The scale is kept apart so that differences are taken before they are scaled: a
+    rounded product of a large logit would cost a confident example its digits.
+    """
+    logits = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
+    logits = _where(inputs.counted, logits)
+    signed, magnitude = _with_sign(logits, inputs.scale)
     if inputs.where is not None:
         signed = jnp.where(inputs.where, signed, -jnp.inf)
     return signed, magnitude
 
 
-def _transformed(
-    spec: Spec, inputs: Inputs
-) -> tuple[Values, Values | None, Values | None]:
-    """`sign(scale) * cap(logits)`, `|scale|`, and the slope of the cap.
-
-    The scale is kept apart so that differences are taken before they are scaled:
-    a rounded product of a large logit would cost a confident example its digits.
-    """
-    z = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
-    # What is masked may hold a NaN, which must not reach a derivative.
-    z = _where(_both(inputs.where, inputs.counted), z)
-    slope = magnitude = None
-    if spec.softcap is not None:
-        # An infinite logit stays infinite, or a diverged model would look healthy.
-        finite = jnp.isfinite(z)
-        ratio = _where(finite, z) / spec.softcap
-        z = jnp.where(finite, spec.softcap * jnp.tanh(ratio), z)
-        e = jnp.exp(-2 * jnp.abs(ratio))
-        # 1 - tanh^2 without the cancellation near the cap.
-        slope = 4 * e / jnp.square(1 + e)
-    if inputs.scale is not None:
-        z = jnp.where(inputs.scale < 0, -z, z)
-        magnitude = _magnitude(inputs.scale)
-    return z, magnitude, slope
+def _with_sign(logits: Values, scale: Values | None) -> tuple[Values, Values | None]:
+    if scale is None:
+        return logits, None
+    return jnp.where(scale < 0, -1, 1).astype(logits.dtype) * logits, _magnitude(scale)
 
 
 def _magnitude(scale: Values) -> Values:

@@ -1,6 +1,5 @@
 """How far from the exact value a result may be, and why. One table for all tests."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -56,56 +55,16 @@ TABLE = {
 }
 
 
-# tanh is right to about 4 units in the last place; so is a capped logit, of the cap.
-# The lead of a label is known better, so that its loss only sees this in the sum of
-# the other classes; an off-label gradient has the errors of two logits.
-CAPPED = {
-    "float32": (2.0**-24, 2.0**-21),
-    "float64": (2.0**-50, 2.0**-50),
-}
-
-
-class OfCap(NamedTuple):
-    """What a cap adds to the errors of a loss and of its gradient.
-
-    Attributes:
-        loss: relative; in float32 zero up to a cap of 64.
-        gradient: relative; in float32 zero up to a cap of 20.
-        smoothing: absolute, of the loss: smoothing adds the gaps between logits, and
-            what both are rounded by is as large for a small gap as for a large one.
-    """
-
-    loss: float
-    gradient: float
-    smoothing: float
-
-
-def of_cap(dtype: str, options: Mapping[str, Any]) -> OfCap:
-    """What the cap in `options` adds."""
-    cap = options.get("logit_softcap") or 0.0
-    size = cap * abs(float(options.get("logit_scale", 1.0)))
-    of_loss, of_gradient = (size * x for x in CAPPED[accumulated(dtype).name])
-    row = TABLE[dtype]
-    return OfCap(
-        max(0.0, of_loss - row.loss),
-        max(0.0, of_gradient - row.gradient),
-        float(options.get("label_smoothing", 0.0)) * of_gradient,
-    )
-
-
 def assert_loss(
     actual: Any,
     exact: Any,
     dtype: str,
     what: str = "loss",
-    more: float = 0.0,
-    absolute: float = 0.0,
 ) -> None:
     """A loss of logits of `dtype` is within its tolerance; NaN and inf agree."""
     row = TABLE[dtype]
     assert np.asarray(actual).dtype == accumulated(dtype), what
-    allowed = (row.loss + more) * np.abs(exact) + absolute
-    _assert_within(actual, exact, allowed, what)
+    _assert_within(actual, exact, row.loss * np.abs(exact), what)
 
 
 def assert_gradient(
@@ -114,8 +73,6 @@ def assert_gradient(
     dtype: str,
     terms: Any = None,
     what: str = "gradient",
-    more: float = 0.0,
-    absolute: Any = 0.0,
 ) -> None:
     """A gradient is within the tolerance of a loss of logits of `dtype`.
 
@@ -123,7 +80,7 @@ def assert_gradient(
     is rounded if its own dtype has 16 bits.
     """
     row, terms = TABLE[dtype], exact if terms is None else terms
-    allowed = (row.gradient + more) * np.abs(terms) + absolute
+    allowed = row.gradient * np.abs(terms)
     if np.asarray(actual).dtype.itemsize == 2:
         allowed = allowed + TABLE[np.asarray(actual).dtype.name].rounding * np.abs(
             exact
