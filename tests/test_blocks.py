@@ -47,9 +47,15 @@ def make_inputs(batch: tuple[int, ...], where: str) -> Inputs:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("longest", [CLASSES, 5, 7])
 def test_blocks_give_the_statistics_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, batch: tuple[int, ...], rows: int, where: str
+    monkeypatch: pytest.MonkeyPatch,
+    batch: tuple[int, ...],
+    rows: int,
+    where: str,
+    longest: int,
 ) -> None:
+    monkeypatch.setattr(_statistics, "_LONGEST_ROW", longest)
     monkeypatch.setattr(_logits, "_BLOCK_SIZE", rows * CLASSES)
     inputs = make_inputs(batch, where)
     spec = Spec((len(batch),), False, 5.0, True, True, True)
