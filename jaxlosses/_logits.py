@@ -28,9 +28,6 @@ _BLOCK_SIZE = 2**20
 # Up to so many classes, what is done with each is written out.
 _FEW_CLASSES = 26
 
-# Classes of a piece, about. A label's piece is read again, so it should be short.
-_PIECE = 64
-
 
 class Residuals(NamedTuple):
     """What the backward pass keeps: the inputs, and three numbers per example.
@@ -168,6 +165,9 @@ def sliced(a: Array, start: Array, size: int, axis: int = 0) -> Array:
         return lax.dynamic_slice_in_dim(a, start, size, axis)
 
     def of_bits(a: Array, start: Array) -> Array:
+        # Tied to the place, which changes, or the integers would be made before the
+        # loop, as a copy of the whole array.
+        a, start = lax.optimization_barrier((a, start))
         bits = plain(lax.bitcast_convert_type(a, jnp.uint16), start)
         return lax.bitcast_convert_type(bits, a.dtype)
 
@@ -224,34 +224,16 @@ def _is_plain(spec: Spec, inputs: Inputs) -> bool:
     return inputs.where is None and inputs.scale is None and spec.softcap is None
 
 
-def _piece(inputs: Inputs) -> int:
-    """Into pieces of how many classes plain logits are best split; 0 for not at all."""
-    # A block of another type is as fast, or faster.
-    if inputs.logits.dtype != jnp.bfloat16:
-        return 0
-    num_classes = inputs.logits.shape[-1]
-    # Few pieces would leave much to do again for the label's.
-    sizes = [n for n in range(16, num_classes // 16 + 1) if num_classes % n == 0]
-    return min(sizes, key=lambda n: max(n / _PIECE, _PIECE / n), default=0)
-
-
 def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
     """Statistics by blocks of rows, each small enough to be read again from cache.
 
-    Plain logits of few classes are read class by class instead. Plain bfloat16 logits
-    are read in pieces of the classes: a block of them would be converted to float32
-    in memory.
+    Plain logits of few classes are read class by class instead.
     """
     *batch, num_classes = inputs.logits.shape
     num_rows = math.prod(batch)
-    plain = _is_plain(spec, inputs)
-    few = plain and num_classes <= _FEW_CLASSES
-    piece = _piece(inputs) if plain and not few else 0
-    in_cache = not piece and not few
-    rows = max(1, _BLOCK_SIZE // num_classes) if in_cache else num_rows
-    blocked = dataclasses.replace(
-        spec, axes=(1,), in_cache=in_cache, piece=piece, few=few
-    )
+    few = _is_plain(spec, inputs) and num_classes <= _FEW_CLASSES
+    rows = num_rows if few else max(1, _BLOCK_SIZE // num_classes)
+    blocked = dataclasses.replace(spec, axes=(1,), in_cache=not few, few=few)
     evaluate = functools.partial(_statistics.evaluate, blocked)
     # One batch axis; what all rows share keeps it at size 1.
     inputs = jax.tree.map(

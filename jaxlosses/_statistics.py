@@ -46,8 +46,6 @@ class Spec:
         predicted: whether the arg max is wanted.
         axis_name: mesh axes over which the classes are split by hand.
         in_cache: the logits are a block that fits a CPU's cache, on one device.
-        piece: the logits are plain bfloat16, `[B, V]` on one CPU, and to be read in
-            pieces of that many classes; 0 where they are not.
         few: the logits are plain, on one CPU, and of so few classes that what is done
             with each is written out.
     """
@@ -60,7 +58,6 @@ class Spec:
     predicted: bool = False
     axis_name: tuple[str, ...] = ()
     in_cache: bool = False
-    piece: int = 0
     few: bool = False
 
 
@@ -277,50 +274,11 @@ def _partial(
     spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
 ) -> Partial:
     """The label's logit, and its rivals."""
-    if spec.piece:
-        return _partial_of_pieces(spec, inputs)
     if spec.few:
         return _partial_of_few(spec, inputs)
     is_label = _is_label(spec, inputs)
     label = _at_label(spec, inputs, signed, is_label)
     rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
-    return Partial(label, rival, mass)
-
-
-def _partial_of_pieces(spec: Spec, inputs: Inputs) -> Partial:
-    """The same for plain bfloat16 logits, by reductions that are fast on XLA:CPU.
-
-    Those are of an array in memory, along short rows, and have no select: every piece
-    is reduced as it is, and the one with the label once more, without it.
-    """
-    logits, labels = inputs.logits, inputs.labels
-    dtype = accumulation_dtype(logits.dtype)
-    num_rows, num_classes = logits.shape
-    shape = num_rows, num_classes // spec.piece
-    # Each reduction by itself: two that share an operand, or one that sees the
-    # reshape or the reduction after it, are converted to float32 in memory.
-    alone = lax.optimization_barrier
-    pieces = alone(logits.reshape(-1, spec.piece))
-    largest = alone(jnp.max(pieces, 1)).reshape(shape).astype(dtype)
-
-    safe = jnp.maximum(labels, 0)
-    place = jnp.where(labels < 0, -1, lax.rem(safe, spec.piece))
-    which, place = alone((lax.div(safe, spec.piece), place))
-    own = _entries(logits.reshape(*shape, spec.piece), which).astype(dtype)
-    is_label = lax.broadcasted_iota(labels.dtype, own.shape, 1) == place
-    own = alone(jnp.where(is_label, -jnp.inf, own))
-    label = _entries(logits[..., None], safe).astype(dtype)
-    label = jnp.where(labels < 0, -jnp.inf, label)
-
-    is_own = lax.broadcasted_iota(labels.dtype, shape, 1) == which
-    own_rival = alone(_max(spec, own))
-    rival = _max(spec, jnp.where(is_own, own_rival, largest))
-    # Without any, -inf - (-inf) would be NaN.
-    base = alone(jnp.where(rival == -jnp.inf, 0, rival))
-    gap = pieces.astype(dtype) - jnp.broadcast_to(base, shape).reshape(-1, 1)
-    masses = alone(jnp.sum(jnp.exp(gap), 1)).reshape(shape)
-    own_mass = alone(_sum(spec, jnp.exp(own - base)))
-    mass = _sum(spec, jnp.where(is_own, own_mass, masses))
     return Partial(label, rival, mass)
 
 
@@ -341,15 +299,6 @@ def _partial_of_few(spec: Spec, inputs: Inputs) -> Partial:
     found = [jnp.where(a, z, 0) for a, z in zip(at, columns, strict=True)]
     label = functools.reduce(jnp.add, found)
     return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
-
-
-def _entries(a: Array, index: Ids) -> Array:
-    """`a[i, index[i, 0]]` of bfloat16 numbers."""
-    # As integers, or XLA would convert the whole array to float32.
-    bits = lax.bitcast_convert_type(a, jnp.uint16)
-    index = index[..., None]
-    found = jnp.take_along_axis(bits, index, 1, mode="promise_in_bounds")[:, 0]
-    return lax.bitcast_convert_type(found, a.dtype)
 
 
 def _finish(
