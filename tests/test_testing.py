@@ -51,6 +51,10 @@ def test_the_public_losses_hold_entry_by_entry() -> None:
     }
 
 
+def test_a_rule_of_the_right_gradient_passes() -> None:
+    check_loss(with_gradient(lambda g: g))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -63,7 +67,6 @@ def test_the_public_losses_hold_entry_by_entry() -> None:
     ids=["scaled", "negated", "dropped", "one entry", "of another row"],
 )
 def test_a_planted_wrong_gradient_is_found(wrong: Callable[..., Any]) -> None:
-    check_loss(with_gradient(lambda g: g))
     with pytest.raises(AssertionError, match="derivative by argument 0") as error:
         check_loss(with_gradient(wrong))
     message = str(error.value)
