@@ -47,6 +47,12 @@ def add_to_larger(a: Values, b: Values) -> Pair:
     return Pair(total, b - (total - a))
 
 
+def add_pairs(a: Pair, b: Pair) -> Pair:
+    """`a + b`; `low` may be larger than a rounding of `high`."""
+    high, low = add(a.high, b.high)
+    return Pair(high, low + (a.low + b.low))
+
+
 def multiply(a: Pair, b: Pair) -> Pair:
     (a1, a2), (b1, b2) = _halves(a.high), _halves(b.high)
     return Pair(a1 * b1, a1 * (b2 + b.low) + (a2 + a.low) * b.high)

@@ -65,11 +65,12 @@ def _difference(cap: float, a: Values, b: Values) -> Pair:
     a, b = jnp.clip(a, -limit, limit), jnp.clip(b, -limit, limit)
     g = _pairs.exp(_pairs.of(-b), 2 / exact)
     twice = _pairs.constant(2 * exact, dtype, jnp.finfo(dtype).nmant + 1)
-    s = _pairs.multiply(_pairs.divide(g, _sum(g, _pairs.of(jnp.ones_like(b)))), twice)
+    beside = _pairs.add_pairs(g, _pairs.of(jnp.ones_like(b)))
+    s = _pairs.multiply(_pairs.divide(g, beside), twice)
     s = _pairs.add_to_larger(*s)
     y = _pairs.exp(_pairs.add(a, -b), 2 / exact)
-    behind = _pairs.add_to_larger(*_sum(y, _pairs.of(-jnp.ones_like(a))))
-    return _pairs.multiply(s, _pairs.divide(behind, _sum(g, y)))
+    behind = _pairs.add_to_larger(*_pairs.add_pairs(y, _pairs.of(-jnp.ones_like(a))))
+    return _pairs.multiply(s, _pairs.divide(behind, _pairs.add_pairs(g, y)))
 
 
 def slope(cap: float, a: Values) -> Values:
@@ -77,8 +78,3 @@ def slope(cap: float, a: Values) -> Values:
     e = jnp.exp(-2 * jnp.abs(jnp.where(jnp.isfinite(a), a, 0) / cap))
     # 1 - tanh^2 without the cancellation near the cap.
     return 4 * e / jnp.square(1 + e)
-
-
-def _sum(a: Pair, b: Pair) -> Pair:
-    high, low = _pairs.add(a.high, b.high)
-    return Pair(high, low + (a.low + b.low))

@@ -362,14 +362,13 @@ def _rivals_in_cache(
     num_parts = -(-num_classes // _LONGEST_ROW)
     width = num_classes // num_parts
     cut, left = jnp.split(others, [width * num_parts], 1)
-    arrays = [alone(alone(cut).reshape(num_rows * num_parts, width))]
+    arrays = [(alone(alone(cut).reshape(num_rows * num_parts, width)), num_parts)]
     if left.shape[1]:
-        arrays.append(alone(left))
+        arrays.append((alone(left), 1))
 
     def each(reduced: Callable[[Values, int], Values]) -> Values:
         found = [
-            alone(reduced(a, parts)).reshape(num_rows, parts)
-            for a, parts in zip(arrays, (num_parts, 1), strict=False)
+            alone(reduced(a, parts)).reshape(num_rows, parts) for a, parts in arrays
         ]
         return jnp.concatenate(found, 1)
 
