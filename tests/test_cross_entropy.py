@@ -269,7 +269,7 @@ def check_confident(
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_digit_is_right_up_to_80_nats(dtype: str, option: str, kind: str) -> None:
-    for classes in (2, 1000) if dtype == "float32" else (10,):
+    for classes in (2, 10, 1000) if dtype == "float32" else (10,):
         check_confident(kind, classes, option, dtype)
 
 
@@ -383,6 +383,7 @@ def test_options_act_together_in_every_dtype_and_registration(
         ("float32", 50.0, 1.0),
         ("float32", 300.0, 1.0),
         ("float32", 1e4, 1.0),
+        ("float32", 30.0, 2.0),
         ("float32", 5.0, -20.0),
         ("float64", 50.0, 1.0),
         ("float64", 30.0, 2.0),
