@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses import _pairs, _softcap
+from jaxlosses._exp import exp
 from jaxlosses._pairs import Pair
 
 
@@ -63,6 +64,8 @@ class Spec:
 
 # Longer rows are reduced by XLA:CPU at half the rate or less.
 _LONGEST_ROW = 2**15 - 1
+# Shorter ones cost more to start with than a copy.
+_MOST_PARTS = 64
 
 Values = Float[Array, "..."]
 Ids = Integer[Array, "..."]
@@ -166,6 +169,9 @@ def _against_label(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values, 
     signed, magnitude = _signed(inputs)
     part = _partial(spec, inputs, signed, magnitude)
     peak, spread, nll = _finish(spec, part, magnitude)
+    if spec.few and not _is_tiny(inputs.logits):
+        # A reduction, or XLA would compare all logits anew for each of the gradient.
+        peak = _distribution(_max(spec, signed))
     nll = jnp.where(_has_label(spec, inputs), nll, jnp.nan)
     return _scaled(_gap(spec, signed, peak), magnitude), peak, spread, nll
 
@@ -295,7 +301,7 @@ def _partial_of_few(spec: Spec, inputs: Inputs) -> Partial:
     rival = functools.reduce(jnp.maximum, others)
     # Without any, -inf - (-inf) would be NaN.
     base = jnp.where(rival == -jnp.inf, 0, rival)
-    mass = functools.reduce(jnp.add, [jnp.exp(z - base) for z in others])
+    mass = functools.reduce(jnp.add, [exp(z - base) for z in others])
     found = [jnp.where(a, z, 0) for a, z in zip(at, columns, strict=True)]
     label = functools.reduce(jnp.add, found)
     return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
@@ -318,8 +324,8 @@ def _finish(
     lead = _lead(spec, label, rival, magnitude)
     ahead = lead.high >= 0
     ratio = _exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
-    spread = jnp.log1p(jnp.where(ahead, mass * ratio, (mass - 1) + ratio))
-    spread = jnp.where(jnp.isnan(peak), peak, spread)
+    excess = jnp.where(ahead, mass * ratio, (mass - 1) + ratio)
+    spread = jnp.log1p(jnp.where(jnp.isnan(peak), peak, excess))
     return peak, spread, spread - jnp.minimum(lead.high + lead.low, 0)
 
 
@@ -345,7 +351,7 @@ def _rivals(
     rival = _max(spec, others)
     # Without any, -inf - (-inf) would be NaN.
     gap = _gap(spec, others, jnp.where(rival == -jnp.inf, 0, rival))
-    return rival, _sum(spec, jnp.exp(_scaled(gap, magnitude)))
+    return rival, _sum(spec, exp(_scaled(gap, magnitude)))
 
 
 def _rivals_in_cache(
@@ -354,35 +360,31 @@ def _rivals_in_cache(
     """The same of a block, by reductions that are fast on XLA:CPU.
 
     Those are of an array in memory, which must not be converted from bfloat16, and of
-    short rows: a long one is cut in equal parts, and less than one entry per part is
-    left over.
+    short rows: a long one is cut in equal parts. Without a divisor of fit size, less
+    than one entry per part is left over, at the price of a copy.
     """
     alone = lax.optimization_barrier
     num_rows, num_classes = others.shape
-    num_parts = -(-num_classes // _LONGEST_ROW)
+    least = -(-num_classes // _LONGEST_ROW)
+    exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
+    num_parts = next(exact, least)
     width = num_classes // num_parts
-    cut, left = jnp.split(others, [width * num_parts], 1)
-    arrays = [(alone(alone(cut).reshape(num_rows * num_parts, width)), num_parts)]
-    if left.shape[1]:
-        arrays.append((alone(left), 1))
 
-    def each(reduced: Callable[[Values, int], Values]) -> Values:
-        found = [
-            alone(reduced(a, parts)).reshape(num_rows, parts) for a, parts in arrays
-        ]
+    def each(reduce: Callable[..., Values], a: Values) -> Values:
+        cut, left = jnp.split(a, [width * num_parts], 1)
+        cut = alone(alone(cut).reshape(num_rows * num_parts, width))
+        found = [alone(reduce(cut, 1)).reshape(num_rows, num_parts)]
+        if left.shape[1]:
+            found.append(reduce(alone(left), 1)[:, None])
         return jnp.concatenate(found, 1)
 
-    def mass(a: Values, parts: int) -> Values:
-        of_part = jnp.broadcast_to(base, (num_rows, parts)).reshape(-1, 1)
-        gap = _gap(spec, a, of_part)
-        if spec.softcap is not None:
-            gap = alone(gap)
-        return jnp.sum(jnp.exp(_scaled(gap, magnitude)), 1)
-
-    rival = _max(spec, each(lambda a, _: jnp.max(a, 1)))
+    others = alone(others)
+    rival = _max(spec, each(jnp.max, others))
     # Without any, -inf - (-inf) would be NaN.
-    base = alone(jnp.where(rival == -jnp.inf, 0, rival))
-    return rival, _sum(spec, each(mass))
+    gap = _gap(spec, others, alone(jnp.where(rival == -jnp.inf, 0, rival)))
+    if spec.softcap is not None:
+        gap = alone(gap)
+    return rival, _sum(spec, each(jnp.sum, exp(_scaled(gap, magnitude))))
 
 
 def first(spec: Spec, mask: Mask) -> Ids:
@@ -436,7 +438,7 @@ def pullback(
     # What is masked may hold a NaN, which must not reach a derivative.
     gap = _where(present, _gap(spec, signed, peak))
     log_p = _scaled(gap, magnitude) - spread
-    p = jnp.exp(log_p)
+    p = jnp.exp(log_p) if _is_tiny(inputs.logits) else exp(log_p)
     # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
     poison = jnp.where(jnp.isnan(nll), jnp.nan, 0)
     g_nll = g_nll + g_nll * poison
@@ -481,6 +483,14 @@ def pullback(
         d_logits = _softcap.slope(spec.softcap, logits) * d_logits
     d_logits = d_logits.astype(inputs.logits.dtype)
     return Inputs(d_logits, d_labels, None, None, d_class_weights, d_scale)
+
+
+def _is_tiny(logits: Values) -> bool:
+    """16-bit rows too short for a vector, which XLA:CPU converts one by one.
+
+    Nothing that saves operations per vector is of use there.
+    """
+    return logits.dtype.itemsize == 2 and logits.shape[-1] < 16
 
 
 def label_ids(spec: Spec, inputs: Inputs) -> Ids:
