@@ -39,7 +39,7 @@ def _of_cpu(x: Values) -> Values:
     ones.
     """
     shifted = x * np.float32(1 / math.log(2)) + _ROUND
-    n = _bits(shifted) - np.int32(_ROUND.view(np.int32))
+    n = lax.bitcast_convert_type(shifted, jnp.int32) - _ROUND.view(np.int32)
     multiple = n.astype(jnp.float32)
     r = (x - multiple * np.float32(_LOG_2[0])) - multiple * np.float32(_LOG_2[1])
     series = jnp.full_like(x, 1 / math.factorial(7))
@@ -47,7 +47,3 @@ def _of_cpu(x: Values) -> Values:
         series = series * r + np.float32(1 / math.factorial(k))
     power = lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
     return jnp.where(x < _LOWEST, 0, series * power)
-
-
-def _bits(x: Values) -> Array:
-    return lax.bitcast_convert_type(x, jnp.int32)
