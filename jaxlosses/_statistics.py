@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses import _pairs, _softcap
-from jaxlosses._exp import exp
+from jaxlosses._elementary import exp, expm1, log1p
 from jaxlosses._pairs import Pair
 
 
@@ -139,7 +139,7 @@ def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
     ratio = _exp_of_sum(_lead(spec, rival, peak, magnitude))
     ties = _sum(spec, jnp.where(top, 1, 0).astype(mass.dtype))
     # The mass joins last: added to the count of ties, its digits would be lost.
-    spread = jnp.log1p((ties - 1) + mass * ratio)
+    spread = log1p((ties - 1) + mass * ratio)
     spread = jnp.where(ties == 0, peak, spread)
     return _scaled(_gap(spec, signed, peak), magnitude), peak, spread
 
@@ -242,7 +242,7 @@ def merge(spec: Spec, part: Partial, reducers: Reducers, inputs: Inputs) -> Part
     none = part.label == -jnp.inf
     label = reducers.sum(jnp.where(none, 0, part.label))
     label = jnp.where(reducers.min(none.astype(jnp.int32)) == 1, -jnp.inf, label)
-    mass = reducers.sum(part.mass * jnp.exp(below(rival, part.rival)))
+    mass = reducers.sum(part.mass * exp(below(rival, part.rival)))
     slack = share = predicted = None
     own = jnp.maximum(part.label, part.rival)
     peak = jnp.maximum(label, rival)
@@ -325,7 +325,7 @@ def _finish(
     ahead = lead.high >= 0
     ratio = _exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
     excess = jnp.where(ahead, mass * ratio, (mass - 1) + ratio)
-    spread = jnp.log1p(jnp.where(jnp.isnan(peak), peak, excess))
+    spread = log1p(jnp.where(jnp.isnan(peak), peak, excess))
     return peak, spread, spread - jnp.minimum(lead.high + lead.low, 0)
 
 
@@ -446,7 +446,7 @@ def pullback(
     d_labels = d_class_weights = d_scale = None
     if spec.dense:
         targets = _targets(inputs, p.dtype)
-        minus_rest = jnp.expm1(log_p)
+        minus_rest = expm1(log_p)
         d_z = g_nll * (_sum_of_others(spec, targets) * p + targets * minus_rest)
         d_z = d_z if g_spread is None else d_z + g_spread * p
         d_targets = _of_targets(g_nll, log_p, present, linear)
@@ -456,10 +456,10 @@ def pullback(
             d_class_weights = d_targets * inputs.labels.astype(p.dtype)
     else:
         is_label = _is_label(spec, inputs)
-        minus_rest = jnp.where(is_label, jnp.expm1(-nll), jnp.expm1(log_p))
-        at_label, elsewhere = g_nll * jnp.expm1(-nll), g_nll
+        minus_rest = jnp.where(is_label, expm1(-nll), expm1(log_p))
+        at_label, elsewhere = g_nll * expm1(-nll), g_nll
         if g_spread is not None:
-            at_label, elsewhere = at_label + g_spread * jnp.exp(-nll), g_nll + g_spread
+            at_label, elsewhere = at_label + g_spread * exp(-nll), g_nll + g_spread
         d_z = jnp.where(is_label, at_label, elsewhere * p)
     if g_smooth is not None:
         u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
@@ -557,7 +557,7 @@ def _exp_of_sum(x: Pair) -> Values:
     # Where `low` is not small, `high` is far below what exp can hold.
     low = jnp.clip(x.low, -1, 1)
     series = 1 + low * (1 + low * (1 / 2 + low * (1 / 6 + low * (1 / 24))))
-    return jnp.exp(x.high) * series
+    return exp(x.high) * series
 
 
 def _scaled(gap: Values, magnitude: Values | None) -> Values:

@@ -1,0 +1,130 @@
+"""`exp`, `expm1` and `log1p` for the range that a softmax needs.
+
+XLA:CPU vectorises its own in long rows at best: a logarithm for every example takes as
+long as the softmax of ten classes. Ours are of operations that any loop vectorises, for
+float32 on a CPU; other dtypes and platforms have what JAX has.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+from jaxlosses import _pairs
+
+Values = Float[Array, "..."]
+
+# Added to a float32 of up to 2^22, it leaves the nearest integer in the last bits.
+_ROUND = np.float32(1.5 * 2**23)
+# log(2), of which a multiple up to 2^7 of the first part is exact.
+_LOG_2 = (355 / 512, math.log(2) - 355 / 512)
+# Below, float32 has only subnormal numbers, which XLA takes for zero.
+_LOWEST = np.float32(math.log(np.finfo(np.float32).tiny))
+_MANTISSA = 23
+
+
+@jax.custom_jvp
+def exp(x: Values) -> Values:
+    """`exp(x)` for `x <= 0`, of any floating dtype, to one unit in the last place."""
+    return _chosen(x, _exp, jnp.exp)
+
+
+@jax.custom_jvp
+def expm1(x: Values) -> Values:
+    """`exp(x) - 1` for `x <= 0`, likewise to 1.2 units."""
+    return _chosen(x, _expm1, jnp.expm1)
+
+
+@jax.custom_jvp
+def log1p(x: Values) -> Values:
+    """`log(1 + x)` for `x >= 0`, likewise to one unit."""
+    return _chosen(x, _log1p, jnp.log1p)
+
+
+def _with_slope(
+    f: Callable[[Values], Values], slope: Callable[[Values, Values], Values]
+) -> Callable[[tuple[Values], tuple[Values]], tuple[Values, Values]]:
+    """The forward rule of a function whose slope at `x`, of value `y`, is known."""
+
+    def rule(primals: tuple[Values], tangents: tuple[Values]) -> tuple[Values, Values]:
+        (x,), (dx,) = primals, tangents
+        y = f(x)
+        return y, slope(x, y) * dx
+
+    return rule
+
+
+exp.defjvp(_with_slope(exp, lambda x, y: y))
+expm1.defjvp(_with_slope(expm1, lambda x, y: exp(x)))
+log1p.defjvp(_with_slope(log1p, lambda x, y: 1 / (1 + x)))
+
+
+def _chosen(
+    x: Values, on_cpu: Callable[[Values], Values], general: Callable[[Values], Values]
+) -> Values:
+    if x.dtype != jnp.float32:
+        return general(x)
+    return lax.platform_dependent(x, cpu=on_cpu, default=general)
+
+
+def _exp(x: Values) -> Values:
+    """`2^n exp(r)`."""
+    n, r = _reduced(x)
+    return jnp.where(x < _LOWEST, 0, _power(n) * _series(r, 0))
+
+
+def _expm1(x: Values) -> Values:
+    """`2^n (exp(r) - 1) + (2^n - 1)`, in which the second term is exact or -1."""
+    n, r = _reduced(x)
+    power = _power(n)
+    return jnp.where(x < _LOWEST, -1, power * (r * _series(r, 1)) + (power - 1))
+
+
+def _log1p(x: Values) -> Values:
+    """`n log(2) + log(1 + f)` with `2^n (1 + f) = 1 + x`, and `f` near zero.
+
+    With `s = f / (2 + f)`, that is `log((1 + s) / (1 - s)) = 2 (s + s^3 / 3 + ...)`,
+    written as `f - s (f - 2 (s^2 / 3 + ...))` so that the first term has no error.
+    """
+    near, lost = _pairs.add(x, jnp.ones_like(x))
+    lost = jnp.where(x < 2**24, lost / near, 0)
+    # 1 + f is between sqrt(1/2) and sqrt(2).
+    bits = lax.bitcast_convert_type(near, jnp.int32)
+    lowest = np.float32(math.sqrt(0.5)).view(np.int32)
+    n = (bits - lowest) >> _MANTISSA
+    f = lax.bitcast_convert_type(bits - (n << _MANTISSA), jnp.float32) - 1
+    s = f / (2 + f)
+    square = s * s
+    tail = jnp.full_like(x, 2 / 9)
+    for k in (7, 5, 3):
+        tail = tail * square + np.float32(2 / k)
+    multiple = n.astype(jnp.float32)
+    small = multiple * np.float32(_LOG_2[1]) + lost
+    y = (small - s * (f - square * tail)) + f + multiple * np.float32(_LOG_2[0])
+    return jnp.where(jnp.isfinite(x), y, x)
+
+
+def _reduced(x: Values) -> tuple[Integer[Array, "..."], Values]:
+    """`x = n log(2) + r` with `|r| <= log(2) / 2`."""
+    shifted = x * np.float32(1 / math.log(2)) + _ROUND
+    n = lax.bitcast_convert_type(shifted, jnp.int32) - _ROUND.view(np.int32)
+    multiple = n.astype(jnp.float32)
+    high, low = (multiple * np.float32(part) for part in _LOG_2)
+    return n, (x - high) - low
+
+
+def _power(n: Integer[Array, "..."]) -> Values:
+    """`2^n`, of normal numbers."""
+    return lax.bitcast_convert_type((n + 127) << _MANTISSA, jnp.float32)
+
+
+def _series(r: Values, first: int) -> Values:
+    """The sum of `r^(k - first) / k!` from `k = first` on."""
+    series = jnp.full_like(r, 1 / math.factorial(7))
+    for k in range(6, first - 1, -1):
+        series = series * r + np.float32(1 / math.factorial(k))
+    return series
