@@ -10,6 +10,7 @@ derivative of an implementation.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -234,29 +235,41 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
     few = _is_plain(spec, inputs) and num_classes <= _FEW_CLASSES
     rows = num_rows if few else max(1, _BLOCK_SIZE // num_classes)
     blocked = dataclasses.replace(spec, axes=(1,), in_cache=not few, few=few)
-    evaluate = functools.partial(_statistics.evaluate, blocked)
     # One batch axis; what all rows share keeps it at size 1.
     inputs = jax.tree.map(
         lambda a: a if a.ndim == 0 else a.reshape(-1, a.shape[-1]), inputs
     )
 
-    if rows >= num_rows:
-        out = evaluate(inputs)
+    if few or spec.dense or spec.smooth or inputs.where is not None:
+        evaluate = functools.partial(_statistics.evaluate, blocked)
+        out = _by_rows(evaluate, inputs, num_rows, rows)
     else:
-
-        def block(i: Array) -> Statistics:
-            def take(a: Array) -> Array:
-                if a.ndim == 0 or a.shape[0] != num_rows:
-                    return a
-                return sliced(a, i * rows, rows)
-
-            return evaluate(jax.tree.map(take, inputs))
-
-        def join(blocks: Array) -> Array:
-            # A slice clamps its start: the last block is whole, and overlaps.
-            head, tail = blocks[:-1].reshape(-1, 1), blocks[-1]
-            return jnp.concatenate([head, tail[len(head) - num_rows :]])
-
-        num_blocks = -(-num_rows // rows)
-        out = jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))
+        # What is left to do per row takes a single loop, and not one per block.
+        read = functools.partial(_statistics.partial, blocked, uniform=None)
+        part = _by_rows(read, inputs, num_rows, rows)
+        out = _statistics.finish(blocked, part, inputs)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
+
+
+def _by_rows(
+    of_rows: Callable[[Inputs], Any], inputs: Inputs, num_rows: int, rows: int
+) -> Any:
+    """A function of rows, of so many at a time."""
+    if rows >= num_rows:
+        return of_rows(inputs)
+
+    def block(i: Array) -> Any:
+        def take(a: Array) -> Array:
+            if a.ndim == 0 or a.shape[0] != num_rows:
+                return a
+            return sliced(a, i * rows, rows)
+
+        return of_rows(jax.tree.map(take, inputs))
+
+    def join(blocks: Array) -> Array:
+        # A slice clamps its start: the last block is whole, and overlaps.
+        head, tail = blocks[:-1].reshape(-1, 1), blocks[-1]
+        return jnp.concatenate([head, tail[len(head) - num_rows :]])
+
+    num_blocks = -(-num_rows // rows)
+    return jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))

@@ -334,6 +334,8 @@ def _at_label(spec: Spec, inputs: Inputs, a: Values, is_label: Mask) -> Values:
     if spec.in_cache:
         (axis,) = spec.axes
         found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
+        # In one loop with what follows, that would not be vectorised.
+        found = lax.optimization_barrier(found)
         return jnp.where(inputs.labels < 0, -jnp.inf, found)
     # A sum, since the maximum of XLA:CPU may lose a NaN.
     found = _sum(spec, jnp.where(is_label, a, 0))
@@ -369,22 +371,28 @@ def _rivals_in_cache(
     exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
     num_parts = next(exact, least)
     width = num_classes // num_parts
+    cut, left = jnp.split(others, [width * num_parts], 1)
+    arrays = [(alone(alone(cut).reshape(num_rows * num_parts, width)), num_parts)]
+    if left.shape[1]:
+        arrays.append((alone(left), 1))
 
-    def each(reduce: Callable[..., Values], a: Values) -> Values:
-        cut, left = jnp.split(a, [width * num_parts], 1)
-        cut = alone(alone(cut).reshape(num_rows * num_parts, width))
-        found = [alone(reduce(cut, 1)).reshape(num_rows, num_parts)]
-        if left.shape[1]:
-            found.append(reduce(alone(left), 1)[:, None])
+    def each(reduced: Callable[[Values, int], Values]) -> Values:
+        found = [
+            alone(reduced(a, parts)).reshape(num_rows, parts) for a, parts in arrays
+        ]
         return jnp.concatenate(found, 1)
 
-    others = alone(others)
-    rival = _max(spec, each(jnp.max, others))
+    def mass(a: Values, parts: int) -> Values:
+        of_part = jnp.broadcast_to(base, (num_rows, parts)).reshape(-1, 1)
+        gap = _gap(spec, a, of_part)
+        if spec.softcap is not None:
+            gap = alone(gap)
+        return jnp.sum(jnp.exp(_scaled(gap, magnitude)), 1)
+
+    rival = _max(spec, each(lambda a, _: jnp.max(a, 1)))
     # Without any, -inf - (-inf) would be NaN.
-    gap = _gap(spec, others, alone(jnp.where(rival == -jnp.inf, 0, rival)))
-    if spec.softcap is not None:
-        gap = alone(gap)
-    return rival, _sum(spec, each(jnp.sum, exp(_scaled(gap, magnitude))))
+    base = alone(jnp.where(rival == -jnp.inf, 0, rival))
+    return rival, _sum(spec, each(mass))
 
 
 def first(spec: Spec, mask: Mask) -> Ids:
