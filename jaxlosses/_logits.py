@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxlosses import _statistics
 from jaxlosses._statistics import Cotangents, Inputs, Spec, Statistics
 
-# Logits of a block, 4 MiB in float32: a block is read from cache after the first time.
+# Logits of a block, about 4 MiB in float32: read from cache after the first time.
 _BLOCK_SIZE = 2**20
 
 # Up to so many classes, what is done with each is written out.
@@ -233,7 +233,7 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
     *batch, num_classes = inputs.logits.shape
     num_rows = math.prod(batch)
     few = _is_plain(spec, inputs) and num_classes <= _FEW_CLASSES
-    rows = num_rows if few else max(1, _BLOCK_SIZE // num_classes)
+    rows = num_rows if few else rows_of_block(num_classes)
     blocked = dataclasses.replace(spec, axes=(1,), in_cache=not few, few=few)
     # One batch axis; what all rows share keeps it at size 1.
     inputs = jax.tree.map(
@@ -249,6 +249,11 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
         part = _by_rows(read, inputs, num_rows, rows)
         out = _statistics.finish(blocked, part, inputs)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
+
+
+def rows_of_block(num_classes: int) -> int:
+    """A power of two, which XLA:CPU shares out evenly between threads."""
+    return 2 ** max(0, round(math.log2(_BLOCK_SIZE / num_classes)))
 
 
 def _by_rows(

@@ -298,8 +298,9 @@ def test_every_digit_is_right_for_50257_classes(
 def in_blocks() -> tuple[np.ndarray, np.ndarray]:
     """More rows than a block has, in a number that blocks do not divide."""
     logits, ids = confident(50257, repeat=2)
-    assert logits.size > jl._logits._BLOCK_SIZE
-    assert len(ids) % (jl._logits._BLOCK_SIZE // 50257) != 0
+    rows = jl._logits.rows_of_block(50257)
+    assert len(ids) > rows
+    assert len(ids) % rows != 0
     return logits, ids
 
 
