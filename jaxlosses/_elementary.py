@@ -1,8 +1,8 @@
 """`exp`, `expm1` and `log1p` for the range that a softmax needs.
 
-XLA:CPU vectorises its own in long rows at best: a logarithm for every example takes as
-long as the softmax of ten classes. Ours are of operations that any loop vectorises, for
-float32 on a CPU; other dtypes and platforms have what JAX has.
+XLA:CPU's own are slow in short rows, and `expm1` and `log1p` everywhere. Ours are of
+operations that any loop vectorises, for float32 on a CPU; other dtypes and platforms
+have what JAX has.
 """
 
 import math
@@ -74,14 +74,16 @@ def _chosen(
 def _exp(x: Values) -> Values:
     """`2^n exp(r)`."""
     n, r = _reduced(x)
-    return jnp.where(x < _LOWEST, 0, _power(n) * _series(r, 0))
+    power = _pairs.power_of_two(n, x.dtype)
+    return jnp.where(x < _LOWEST, 0, power * _pairs.series_of_exp(r, 0, 7))
 
 
 def _expm1(x: Values) -> Values:
     """`2^n (exp(r) - 1) + (2^n - 1)`, in which the second term is exact or -1."""
     n, r = _reduced(x)
-    power = _power(n)
-    return jnp.where(x < _LOWEST, -1, power * (r * _series(r, 1)) + (power - 1))
+    power = _pairs.power_of_two(n, x.dtype)
+    beyond = r * _pairs.series_of_exp(r, 1, 7)
+    return jnp.where(x < _LOWEST, -1, power * beyond + (power - 1))
 
 
 def _log1p(x: Values) -> Values:
@@ -115,16 +117,3 @@ def _reduced(x: Values) -> tuple[Integer[Array, "..."], Values]:
     multiple = n.astype(jnp.float32)
     high, low = (multiple * np.float32(part) for part in _LOG_2)
     return n, (x - high) - low
-
-
-def _power(n: Integer[Array, "..."]) -> Values:
-    """`2^n`, of normal numbers."""
-    return lax.bitcast_convert_type((n + 127) << _MANTISSA, jnp.float32)
-
-
-def _series(r: Values, first: int) -> Values:
-    """The sum of `r^(k - first) / k!` from `k = first` on."""
-    series = jnp.full_like(r, 1 / math.factorial(7))
-    for k in range(6, first - 1, -1):
-        series = series * r + np.float32(1 / math.factorial(k))
-    return series

@@ -242,11 +242,11 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
 
     if few or spec.dense or spec.smooth or inputs.where is not None:
         evaluate = functools.partial(_statistics.evaluate, blocked)
-        out = _by_rows(evaluate, inputs, num_rows, rows)
+        out = _by_rows(evaluate, inputs, rows)
     else:
         # What is left to do per row takes a single loop, and not one per block.
         read = functools.partial(_statistics.partial, blocked, uniform=None)
-        part = _by_rows(read, inputs, num_rows, rows)
+        part = _by_rows(read, inputs, rows)
         out = _statistics.finish(blocked, part, inputs)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
 
@@ -256,10 +256,9 @@ def rows_of_block(num_classes: int) -> int:
     return 2 ** max(0, round(math.log2(_BLOCK_SIZE / num_classes)))
 
 
-def _by_rows(
-    of_rows: Callable[[Inputs], Any], inputs: Inputs, num_rows: int, rows: int
-) -> Any:
+def _by_rows(of_rows: Callable[[Inputs], Any], inputs: Inputs, rows: int) -> Any:
     """A function of rows, of so many at a time."""
+    num_rows = len(inputs.logits)
     if rows >= num_rows:
         return of_rows(inputs)
 

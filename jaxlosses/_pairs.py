@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 Values = Float[Array, "..."]
 
@@ -76,20 +76,31 @@ def exp(x: Pair, factor: fractions.Fraction) -> Pair:
     info = jnp.finfo(dtype)
     step = constant(_LOG_2 / factor, dtype, info.nmant - 7)
     n = jnp.round(x.high * float(factor / _LOG_2))
-    power = (n.astype(_integer(dtype)) + (info.maxexp - 1)) << info.nmant
-    power = lax.bitcast_convert_type(power, dtype)
+    power = power_of_two(n, dtype)
     rest = add_to_larger(x.high - n * step.high, -n * step.low)
     one, two = constant(factor, dtype, info.nmant // 2 + 1)
     high1, high2 = _halves(rest.high)
     r1 = one * high1
     r2 = one * (high2 + (rest.low + x.low)) + two * rest.high
     r = r1 + r2
-    num_terms = 8 if dtype == jnp.float32 else 15
-    series = jnp.full_like(r, 1 / math.factorial(num_terms))
-    for i in range(num_terms - 1, 1, -1):
-        series = series * r + 1 / math.factorial(i)
+    series = series_of_exp(r, 2, 8 if dtype == jnp.float32 else 15)
     high, low = add_to_larger(power, power * r1)
     return add_to_larger(high, low + power * (r2 + r * r * series))
+
+
+def power_of_two(n: Values | Integer[Array, "..."], dtype: Any) -> Values:
+    """`2^n` for a whole `n` at which it is a normal number."""
+    info = jnp.finfo(dtype)
+    bits = (n.astype(_integer(dtype)) + (info.maxexp - 1)) << info.nmant
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def series_of_exp(r: Values, first: int, last: int) -> Values:
+    """The sum of `r^(k - first) / k!` from `k = first` to `last`."""
+    series = jnp.full_like(r, 1 / math.factorial(last))
+    for k in range(last - 1, first - 1, -1):
+        series = series * r + 1 / math.factorial(k)
+    return series
 
 
 def constant(value: fractions.Fraction, dtype: Any, num_bits: int) -> Pair:

@@ -387,6 +387,7 @@ def _rivals_in_cache(
         gap = _gap(spec, a, of_part)
         if spec.softcap is not None:
             gap = alone(gap)
+        # The library's exponential is part of its sum, ours would be written first.
         return jnp.sum(jnp.exp(_scaled(gap, magnitude)), 1)
 
     rival = _max(spec, each(lambda a, _: jnp.max(a, 1)))
@@ -464,8 +465,9 @@ def pullback(
             d_class_weights = d_targets * inputs.labels.astype(p.dtype)
     else:
         is_label = _is_label(spec, inputs)
-        minus_rest = jnp.where(is_label, expm1(-nll), expm1(log_p))
-        at_label, elsewhere = g_nll * expm1(-nll), g_nll
+        of_label = expm1(-nll)
+        minus_rest = jnp.where(is_label, of_label, expm1(log_p))
+        at_label, elsewhere = g_nll * of_label, g_nll
         if g_spread is not None:
             at_label, elsewhere = at_label + g_spread * exp(-nll), g_nll + g_spread
         d_z = jnp.where(is_label, at_label, elsewhere * p)
