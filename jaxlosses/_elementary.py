@@ -1,4 +1,4 @@
-"""`exp`, `expm1` and `log1p` for the range that a softmax needs.
+"""`exp`, `expm1`, `log1p` and `1 - exp(-x)` for the range that a softmax needs.
 
 XLA:CPU's own are slow in short rows, and `expm1` and `log1p` everywhere. Ours are of
 operations that any loop vectorises, for float32 on a CPU; other dtypes and platforms
@@ -29,7 +29,7 @@ _MANTISSA = 23
 
 @jax.custom_jvp
 def exp(x: Values) -> Values:
-    """`exp(x)` for `x <= 0`, of any floating dtype, to one unit in the last place."""
+    """`exp(x)` for `x <= 88`, of any floating dtype, to one unit in the last place."""
     return _chosen(x, _exp, jnp.exp)
 
 
@@ -43,6 +43,12 @@ def expm1(x: Values) -> Values:
 def log1p(x: Values) -> Values:
     """`log(1 + x)` for `x >= 0`, likewise to one unit."""
     return _chosen(x, _log1p, jnp.log1p)
+
+
+@jax.custom_jvp
+def one_minus_exp(x: Values) -> Values:
+    """`1 - exp(-x)` for `x >= 0`, likewise to three units."""
+    return _chosen(x, _one_minus_exp, lambda x: -jnp.expm1(-x))
 
 
 def _with_slope(
@@ -61,6 +67,7 @@ def _with_slope(
 exp.defjvp(_with_slope(exp, lambda x, y: y))
 expm1.defjvp(_with_slope(expm1, lambda x, y: exp(x)))
 log1p.defjvp(_with_slope(log1p, lambda x, y: 1 / (1 + x)))
+one_minus_exp.defjvp(_with_slope(one_minus_exp, lambda x, y: exp(-x)))
 
 
 def _chosen(
@@ -84,6 +91,12 @@ def _expm1(x: Values) -> Values:
     power = _pairs.power_of_two(n, x.dtype)
     beyond = r * _pairs.series_of_exp(r, 1, 7)
     return jnp.where(x < _LOWEST, -1, power * beyond + (power - 1))
+
+
+def _one_minus_exp(x: Values) -> Values:
+    """`t / (1 + t)` with `t = exp(x) - 1`. XLA:CPU keeps a quotient for later use."""
+    t = _expm1(jnp.minimum(x, 40))
+    return t / (1 + t)
 
 
 def _log1p(x: Values) -> Values:

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses import _pairs, _softcap
-from jaxlosses._elementary import exp, expm1, log1p
+from jaxlosses._elementary import exp, expm1, log1p, one_minus_exp
 from jaxlosses._pairs import Pair
 
 
@@ -433,7 +433,9 @@ def pullback(
         uniform: given if the classes are a part of all; else computed.
     """
     if not linear:
-        silent = jnp.isnan(statistics.nll)
+        # Here and below, what each class needs of its example is a quotient: XLA:CPU
+        # keeps those, and computes all else anew for each class.
+        silent = jnp.isnan(1 / (1 + statistics.nll))
         for g in cotangents:
             silent = silent if g is None else silent & (g == 0)
         inputs = inputs._replace(counted=_both(inputs.counted, ~silent))
@@ -446,14 +448,18 @@ def pullback(
     signed, magnitude = _with_sign(logits, inputs.scale)
     # What is masked may hold a NaN, which must not reach a derivative.
     gap = _where(present, _gap(spec, signed, peak))
-    log_p = _scaled(gap, magnitude) - spread
-    p = jnp.exp(log_p) if _is_tiny(inputs.logits) else exp(log_p)
+    scaled = _scaled(gap, magnitude)
+    log_p = scaled - spread
+    weight = jnp.exp(scaled) if _is_tiny(inputs.logits) else exp(scaled)
+    share = 1 / exp(spread)
+    p = share * weight
+    rest = None if spec.dense else one_minus_exp(nll)
     # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
-    poison = jnp.where(jnp.isnan(nll), jnp.nan, 0)
+    poison = jnp.where(jnp.isnan(nll if rest is None else rest), jnp.nan, 0)
     g_nll = g_nll + g_nll * poison
 
     d_labels = d_class_weights = d_scale = None
-    if spec.dense:
+    if rest is None:
         targets = _targets(inputs, p.dtype)
         minus_rest = expm1(log_p)
         d_z = g_nll * (_sum_of_others(spec, targets) * p + targets * minus_rest)
@@ -465,12 +471,11 @@ def pullback(
             d_class_weights = d_targets * inputs.labels.astype(p.dtype)
     else:
         is_label = _is_label(spec, inputs)
-        of_label = expm1(-nll)
-        minus_rest = jnp.where(is_label, of_label, expm1(log_p))
-        at_label, elsewhere = g_nll * of_label, g_nll
+        minus_rest = jnp.where(is_label, -rest, expm1(log_p))
+        at_label, elsewhere = -g_nll * rest, g_nll
         if g_spread is not None:
             at_label, elsewhere = at_label + g_spread * exp(-nll), g_nll + g_spread
-        d_z = jnp.where(is_label, at_label, elsewhere * p)
+        d_z = jnp.where(is_label, at_label, (elsewhere * share) * weight)
     if g_smooth is not None:
         u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
         d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)

@@ -1,4 +1,4 @@
-"""`exp`, `expm1` and `log1p` against numpy in float64."""
+"""`exp`, `expm1`, `log1p` and `1 - exp(-x)` against numpy in float64."""
 
 from collections.abc import Callable
 
@@ -34,13 +34,25 @@ def not_negative() -> np.ndarray:
     return np.concatenate([a, beside, np.abs(a - np.float32(1))])
 
 
+def one_minus_exp(x: np.ndarray) -> np.ndarray:
+    return -np.expm1(-x)
+
+
+# Of all functions the largest sums of exponentials need: 2^20 classes, and more.
+UP_TO_88 = np.random.default_rng(2).uniform(0, 88, 20011).astype(np.float32)
+
 # The function, what it approximates, arguments, and units in the last place.
 Case = tuple[Callable[[Array], Array], Callable[..., np.ndarray], np.ndarray, float]
 CASES: dict[str, Case] = {
-    "exp": (_elementary.exp, np.exp, not_positive(), 1.0),
+    "exp": (_elementary.exp, np.exp, np.append(not_positive(), UP_TO_88), 1.0),
     "expm1": (_elementary.expm1, np.expm1, not_positive(), 1.2),
     "log1p": (_elementary.log1p, np.log1p, not_negative(), 1.0),
+    "one_minus_exp": (_elementary.one_minus_exp, one_minus_exp, not_negative(), 3.0),
 }
+
+
+def of_jax(name: str) -> Callable[[Array], Array]:
+    return getattr(jnp, name, lambda x: -jnp.expm1(-x))
 
 
 @pytest.mark.parametrize("width", [1, 10, None])
@@ -64,6 +76,8 @@ def test_error_in_units_of_the_last_place(name: str, width: int | None) -> None:
         ("expm1", [0.0, -0.0, -20.0, -87.4, -104.0, -3e38], [0, 0, -1, -1, -1, -1]),
         ("expm1", [-np.inf, np.nan], [-1, np.nan]),
         ("log1p", [0.0, -0.0, np.inf, np.nan], [0, 0, np.inf, np.nan]),
+        ("one_minus_exp", [0.0, -0.0, 40.0, 90.0, 3e38], [0, 0, 1, 1, 1]),
+        ("one_minus_exp", [np.inf, np.nan], [1, np.nan]),
     ],
 )
 def test_where_float32_ends(name: str, x: list[float], y: list[float]) -> None:
@@ -76,10 +90,10 @@ def test_where_float32_ends(name: str, x: list[float], y: list[float]) -> None:
 def test_other_dtypes_are_those_of_jax(name: str, dtype: str) -> None:
     with jax.enable_x64(True):
         x = jnp.linspace(-20, 0, 37, dtype=dtype)
-        x = -x if name == "log1p" else x
+        x = -x if name in ("log1p", "one_minus_exp") else x
         y = CASES[name][0](x)
         assert y.dtype == x.dtype
-        np.testing.assert_array_equal(y, getattr(jnp, name)(x))
+        np.testing.assert_array_equal(y, of_jax(name)(x))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,10 @@ def test_other_dtypes_are_those_of_jax(name: str, dtype: str) -> None:
         ("log1p", 3.0, 1 / 4, -1 / 16),
         ("log1p", 0.0, 1, -1),
         ("log1p", np.inf, 0, 0),
+        ("one_minus_exp", 3.0, np.exp(-3), -np.exp(-3)),
+        ("one_minus_exp", 60.0, np.exp(-60), -np.exp(-60)),
+        ("one_minus_exp", 0.0, 1, -1),
+        ("one_minus_exp", np.inf, 0, 0),
     ],
 )
 def test_derivatives_in_every_mode(
@@ -110,7 +128,12 @@ def test_derivatives_in_every_mode(
 
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("exp", "exponential"), ("expm1", "exponential_minus_one"), ("log1p", "log_plus")],
+    [
+        ("exp", "exponential"),
+        ("expm1", "exponential_minus_one"),
+        ("log1p", "log_plus"),
+        ("one_minus_exp", "exponential_minus_one"),
+    ],
 )
 def test_other_platforms_take_their_own(name: str, operation: str) -> None:
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
