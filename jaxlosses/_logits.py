@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
@@ -184,8 +185,7 @@ def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     whole = functools.partial(_statistics.evaluate, spec)
     if not _may_block(spec, inputs):
         return whole(inputs)
-    blocked = functools.partial(_evaluate_blocked, spec)
-    return lax.platform_dependent(inputs, cpu=blocked, default=whole)
+    return lax.platform_dependent(inputs, cpu=_in_blocks(spec), default=whole)
 
 
 def _may_block(spec: Spec, inputs: Inputs) -> bool:
@@ -223,6 +223,45 @@ def _is_plain(spec: Spec, inputs: Inputs) -> bool:
     if spec.dense or spec.smooth or spec.predicted:
         return False
     return inputs.where is None and inputs.scale is None and spec.softcap is None
+
+
+def _in_blocks(spec: Spec) -> Callable[[Inputs], Statistics]:
+    """`_evaluate_blocked`, of which `vmap` makes one of more rows."""
+    blocked = custom_vmap(functools.partial(_evaluate_blocked, spec))
+
+    @blocked.def_vmap
+    def of_more_rows(size: int, mapped: Any, inputs: Inputs) -> tuple[Statistics, Any]:
+        (is_mapped,) = mapped
+        more = dataclasses.replace(spec, axes=tuple(axis + 1 for axis in spec.axes))
+        rows = _with_rows(size, is_mapped, inputs)
+        if rows is not None and _may_block(more, rows):
+            out = _in_blocks(more)(rows)
+        else:
+            in_axes = jax.tree.map(lambda here: 0 if here else None, is_mapped)
+            whole = functools.partial(_statistics.evaluate, spec)
+            out = jax.vmap(whole, (in_axes,))(inputs)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return blocked
+
+
+def _with_rows(size: int, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
+    """Inputs with a mapped axis as one more batch axis; None if it cannot be that."""
+    if is_mapped.scale or is_mapped.class_weights:
+        return None
+
+    def lead(a: Array, here: bool) -> Array:
+        return a if here or a.ndim == 0 else a[None]
+
+    def repeated(a: Any) -> Any:
+        return None if a is None else jnp.broadcast_to(a, (size, *a.shape[1:]))
+
+    rows = jax.tree.map(lead, inputs, is_mapped)
+    logits, labels, counted = map(repeated, (rows.logits, rows.labels, rows.counted))
+    where = rows.where
+    if where is not None and where.size != logits.shape[-1]:
+        where = repeated(where)
+    return Inputs(logits, labels, where, counted, rows.class_weights, rows.scale)
 
 
 def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:

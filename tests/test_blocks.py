@@ -1,5 +1,6 @@
 """Blocking by rows on CPU: the same values as in one piece, and only where sound."""
 
+import functools
 from typing import Any
 
 import jax
@@ -131,6 +132,78 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
     for a, b in zip(whole[:3], blocks[:3], strict=True):
         np.testing.assert_allclose(a[rows], b[rows], rtol=1e-6, atol=3e-7)
     np.testing.assert_array_equal(blocks.nll[np.r_[0, 14:22]], np.nan)
+
+
+MAPPED = {
+    "rows": ((), Inputs(0, 0)),
+    "batches": ((6,), Inputs(1, 0)),
+    "counted": ((6,), Inputs(0, 0, None, 0)),
+    "logits": ((6,), Inputs(0, None, None, None)),
+    "labels": ((6,), Inputs(None, 0, None, None)),
+    "shared classes": ((6,), Inputs(0, 0, None, 0)),
+    "own classes": ((6,), Inputs(0, 0, 0, 0)),
+    "scale": ((6,), Inputs(0, 0, None, 0, None, 0)),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_vmap_makes_a_block_of_more_rows(
+    monkeypatch: pytest.MonkeyPatch, name: str, smooth: bool
+) -> None:
+    monkeypatch.setattr(_logits, "_num_cpus", lambda: 1)
+    batch, in_axes = MAPPED[name]
+    num_classes, size = 640, 7
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", 4 * num_classes)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(size, *batch, num_classes)).astype(np.float32)
+    mask = {
+        "shared classes": jnp.asarray(rng.random((size, 1, num_classes)) < 0.8),
+        "own classes": jnp.asarray(rng.random(logits.shape) < 0.8),
+    }
+    inputs = Inputs(
+        jnp.asarray(logits),
+        jnp.asarray(rng.integers(-1, num_classes, size=(size, *batch, 1)), jnp.int32),
+        mask.get(name),
+        jnp.asarray(rng.random((size, *batch, 1)) < 0.8)
+        if in_axes.counted == 0
+        else None,
+        jnp.ones((1,) * len(batch) + (num_classes,)) if smooth else None,
+        jnp.asarray(rng.random(size), jnp.float32) if name == "scale" else None,
+    )
+    spec = Spec((len(batch),), False, smooth=smooth)
+
+    def of(i: int, a: Any, axis: int | None) -> Any:
+        return None if a is None else a[0 if axis is None else i]
+
+    each = [
+        _statistics.evaluate(
+            spec,
+            Inputs(
+                *(of(i, a, b) for a, b in zip(inputs[:4], in_axes[:4], strict=True))
+            )._replace(
+                class_weights=inputs.class_weights, scale=of(i, inputs.scale, 0)
+            ),
+        )
+        for i in range(size)
+    ]
+    want = jax.tree.map(lambda *a: jnp.stack(a), *each)
+    given = Inputs(
+        *(
+            a if axis is not None or a is None or k > 3 else a[0]
+            for k, (a, axis) in enumerate(zip(inputs, in_axes, strict=True))
+        )
+    )
+    if name == "batches":
+        given = given._replace(logits=jnp.moveaxis(given.logits, 0, 1))
+    run = jax.vmap(functools.partial(_logits.evaluate, spec), (in_axes,))
+    assert (loops(run, given) > 0) == (name != "scale")
+    got = jax.jit(run)(given)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=3e-7)
+    close(got.nll, want.nll)
+    close(got.peak + got.spread, want.peak + want.spread)
+    if smooth:
+        close(got.smooth, want.smooth)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
