@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxlosses import _statistics
-from jaxlosses._statistics import Cotangents, Inputs, Spec, Statistics
+from jaxlosses._statistics import Cotangents, Inputs, Partial, Spec, Statistics
 
 # Logits of a block, about 4 MiB in float32: read from cache after the first time.
 _BLOCK_SIZE = 2**20
@@ -30,13 +30,16 @@ _BLOCK_SIZE = 2**20
 # Up to so many classes, what is done with each is written out.
 _FEW_CLASSES = 26
 
+# From so many on, looking for the largest logit costs more than a sample.
+_FEWEST_SAMPLED = 512
+
 
 class Residuals(NamedTuple):
     """What the backward pass keeps: the inputs, and three numbers per example.
 
     Attributes:
         inputs: the arguments themselves, which the caller holds anyway.
-        peak: largest transformed logit, in the accumulation dtype.
+        peak: as in `Statistics`.
         spread: `lse - |scale| * peak`.
         nll: negative log-likelihood, for the entry at the label.
     """
@@ -284,10 +287,44 @@ def _evaluate_blocked(spec: Spec, inputs: Inputs) -> Statistics:
         out = _by_rows(evaluate, inputs, rows)
     else:
         # What is left to do per row takes a single loop, and not one per block.
-        read = functools.partial(_statistics.partial, blocked, uniform=None)
-        part = _by_rows(read, inputs, rows)
+        part = _read(blocked, inputs, rows)
         out = _statistics.finish(blocked, part, inputs)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
+
+
+def _read(spec: Spec, inputs: Inputs, rows: int) -> Partial:
+    """What a loss on class ids needs of each row.
+
+    Its largest logit is not looked for, where the largest of a sample will do.
+    """
+
+    def by_blocks(spec: Spec) -> Partial:
+        read = functools.partial(_statistics.partial, spec, uniform=None)
+        part: Partial = _by_rows(read, inputs, rows)
+        return part
+
+    num_rows, num_classes = inputs.logits.shape
+    plain = _is_plain(spec, inputs) and num_classes >= _FEWEST_SAMPLED
+    if num_rows <= rows or not plain:
+        return by_blocks(spec)
+    # What XLA:CPU has to convert, its library does not reduce.
+    if inputs.logits.dtype == jnp.float32 and _statistics.piece_width(num_classes):
+        # In a branch, or XLA:CPU computes logits anew for each of their readers.
+        read = functools.partial(_statistics.partial_of_pieces, spec)
+        part = lax.cond(jnp.any(inputs.labels >= 0), read, _of_no_label, inputs)
+    else:
+        part = by_blocks(dataclasses.replace(spec, sampled=True))
+    unsafe = ~_statistics.is_safe(part)
+    if inputs.counted is not None:
+        unsafe &= inputs.counted
+    result: Partial = lax.cond(jnp.any(unsafe), lambda: by_blocks(spec), lambda: part)
+    return result
+
+
+def _of_no_label(inputs: Inputs) -> Partial:
+    """Nothing to rely on, for rows that all lack a label."""
+    nothing = jnp.where(inputs.labels < 0, jnp.inf, inputs.logits[:, :1])
+    return Partial(nothing, nothing, nothing)
 
 
 def rows_of_block(num_classes: int) -> int:

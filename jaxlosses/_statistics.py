@@ -49,6 +49,8 @@ class Spec:
         in_cache: the logits are a block that fits a CPU's cache, on one device.
         few: the logits are plain, on one CPU, and of so few classes that what is done
             with each is written out.
+        sampled: the rivals of a label in such a block are compared with the largest of
+            a few of them and not of all; what comes of it has to pass `is_safe`.
     """
 
     axes: tuple[int, ...]
@@ -60,12 +62,25 @@ class Spec:
     axis_name: tuple[str, ...] = ()
     in_cache: bool = False
     few: bool = False
+    sampled: bool = False
 
 
 # Longer rows are reduced by XLA:CPU at half the rate or less.
 _LONGEST_ROW = 2**15 - 1
 # Shorter ones cost more to start with than a copy.
 _MOST_PARTS = 64
+
+# Classes among which the rival of a sampled row is looked for.
+_SAMPLE = 128
+# A logit that exceeds the largest of the sample by 32 is rounded by half of 2^-19.
+_LARGEST_MASS = math.exp(32)
+# A label that exceeds it by more may have an exponential of its lead that underflows.
+_LARGEST_LEAD = 80
+
+# Shorter pieces are reduced slowly, and one of each row is read twice, which costs too
+# much if it is not a small part of it.
+_SHORTEST_PIECE = 64
+_FEWEST_PIECES = 16
 
 Values = Float[Array, "..."]
 Ids = Integer[Array, "..."]
@@ -97,9 +112,9 @@ class Inputs(NamedTuple):
 class Statistics(NamedTuple):
     """Statistics of each example, all of shape `K` in the accumulation dtype.
 
-    `peak` is before cap and scale, and locally constant: the derivative of
-    `lse = |scale| * cap(peak) + spread` is carried by `spread`. Examples that do not
-    count have zeros.
+    `peak` is the largest logit, or for a sample one near it, before cap and scale. It
+    is taken for constant: the derivative of `lse = |scale| * cap(peak) + spread` is
+    carried by `spread`. Examples that do not count have zeros.
     """
 
     peak: Values
@@ -307,6 +322,60 @@ def _partial_of_few(spec: Spec, inputs: Inputs) -> Partial:
     return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
 
 
+def partial_of_pieces(spec: Spec, inputs: Inputs) -> Partial:
+    """Reads plain logits of many classes once, and copies none of them.
+
+    Every piece of a row is summed as it is, the one with the label once more without
+    it. That takes a rival that is known before, the largest of a sample; `is_safe` says
+    whether it was fit.
+
+    Args:
+        spec: with one batch axis and one class axis.
+        inputs: of which the logits are in memory, on one CPU, in the dtype of the sums.
+    """
+    alone = lax.optimization_barrier
+    logits, labels = inputs.logits, inputs.labels
+    sample = inputs._replace(logits=logits[:, :_SAMPLE])
+    others = jnp.where(_is_label(spec, sample), -jnp.inf, sample.logits)
+    rival = alone(_max(spec, others))
+    width = piece_width(logits.shape[1])
+    pieces = logits.reshape(len(logits), -1, width)
+    shape = pieces.shape[:2]
+
+    def mass(a: Values, rival: Values) -> Values:
+        # The library's sum, and its exponential.
+        return alone(jnp.sum(jnp.exp(a - rival), 1, keepdims=True))
+
+    of_piece = jnp.broadcast_to(rival, shape).reshape(-1, 1)
+    masses = mass(pieces.reshape(-1, width), of_piece).reshape(shape)
+    own = jnp.maximum(labels, 0) // width
+    piece = jnp.take_along_axis(pieces, own[:, :, None], 1)[:, 0]
+    is_label = _class_ids(spec, piece.shape) == labels - own * width
+    of_own = mass(alone(jnp.where(is_label, -jnp.inf, piece)), rival)
+    of_others = alone(jnp.where(_class_ids(spec, shape) == own, 0, masses))
+    return Partial(
+        _gathered(spec, inputs, logits), rival, _sum(spec, of_others) + of_own
+    )
+
+
+def piece_width(num_classes: int) -> int:
+    """A divisor that is near the square root, or 0 if there is none of fit size."""
+    root = math.sqrt(num_classes)
+    widths = range(_SHORTEST_PIECE, num_classes // _FEWEST_PIECES + 1)
+    fit = (width for width in widths if num_classes % width == 0)
+    return min(fit, key=lambda width: max(width / root, root / width), default=0)
+
+
+def is_safe(part: Partial) -> Mask:
+    """Whether a sampled rival is near enough to the largest of the other logits.
+
+    It is one of them, so `mass` is at least one. If it is far below, the sum overflows
+    or is inexact, or the label is so far ahead that all underflows. NaN is not safe.
+    """
+    lead = part.label - part.rival
+    return (part.mass < _LARGEST_MASS) & (lead < _LARGEST_LEAD)
+
+
 def _finish(
     spec: Spec, part: Partial, magnitude: Values | None
 ) -> tuple[Values, Values, Values]:
@@ -332,16 +401,20 @@ def _finish(
 def _at_label(spec: Spec, inputs: Inputs, a: Values, is_label: Mask) -> Values:
     """The entry at the label, `-inf` without one."""
     if spec.in_cache:
-        (axis,) = spec.axes
-        found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
-        # In one loop with what follows, that would not be vectorised.
-        found = lax.optimization_barrier(found)
-        return jnp.where(inputs.labels < 0, -jnp.inf, found)
+        return _gathered(spec, inputs, a)
     # A sum, since the maximum of XLA:CPU may lose a NaN.
     found = _sum(spec, jnp.where(is_label, a, 0))
     num_classes = math.prod(a.shape[axis] for axis in spec.axes) * num_shards(spec)
     here = (inputs.labels >= 0) & (inputs.labels < num_classes)
     return jnp.where(here, found, -jnp.inf)
+
+
+def _gathered(spec: Spec, inputs: Inputs, a: Values) -> Values:
+    (axis,) = spec.axes
+    found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
+    # In one loop with what follows, that would not be vectorised.
+    found = lax.optimization_barrier(found)
+    return jnp.where(inputs.labels < 0, -jnp.inf, found)
 
 
 def _rivals(
@@ -390,7 +463,10 @@ def _rivals_in_cache(
         # The library's exponential is part of its sum, ours would be written first.
         return jnp.sum(jnp.exp(_scaled(gap, magnitude)), 1)
 
-    rival = _max(spec, each(lambda a, _: jnp.max(a, 1)))
+    if spec.sampled:
+        rival = _max(spec, alone(others[:, :_SAMPLE]))
+    else:
+        rival = _max(spec, each(lambda a, _: jnp.max(a, 1)))
     # Without any, -inf - (-inf) would be NaN.
     base = alone(jnp.where(rival == -jnp.inf, 0, rival))
     return rival, _sum(spec, each(mass))

@@ -1,5 +1,6 @@
 """Blocking by rows on CPU: the same values as in one piece, and only where sound."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -86,6 +87,8 @@ def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
     [
         (256, jnp.bfloat16),
         (1000, jnp.bfloat16),
+        (1000, jnp.float32),
+        (1024, jnp.float32),
         (7, jnp.float32),
         (26, jnp.float32),
         (26, jnp.bfloat16),
@@ -132,6 +135,100 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
     for a, b in zip(whole[:3], blocks[:3], strict=True):
         np.testing.assert_allclose(a[rows], b[rows], rtol=1e-6, atol=3e-7)
     np.testing.assert_array_equal(blocks.nll[np.r_[0, 14:22]], np.nan)
+
+
+PLAIN = Spec((1,), False)
+# Sampled blocks, and pieces of 64 classes.
+SAMPLED = {
+    "blocks": functools.partial(
+        _statistics.partial,
+        dataclasses.replace(PLAIN, in_cache=True, sampled=True),
+        uniform=None,
+    ),
+    "pieces": functools.partial(_statistics.partial_of_pieces, PLAIN),
+}
+either_reading = pytest.mark.parametrize("reading", SAMPLED)
+
+
+def sampled(reading: str, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Losses, and whether they are safe."""
+
+    @jax.jit
+    def run(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        part = SAMPLED[reading](inputs)
+        nll = _statistics.finish(PLAIN, part, inputs).nll
+        return nll[:, 0], _statistics.is_safe(part)[:, 0]
+
+    losses, safe = run(inputs)
+    return np.asarray(losses), np.asarray(safe)
+
+
+@either_reading
+@pytest.mark.parametrize("ahead", [-100.0, 0.0, 12.0, 20.0, 54.0])
+@pytest.mark.parametrize("beyond", [0.0, 25.0])
+def test_a_sampled_rival_costs_no_digits(
+    reading: str, ahead: float, beyond: float
+) -> None:
+    """With other logits far above those of the sample, and the label in every place."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(66, 1024)).astype(np.float32)
+    rows, others = np.arange(66), 128 + rng.integers(800, size=(5, 66))
+    logits[rows, others] = logits[:, :128].max(axis=-1) + np.float32(beyond)
+    ids = np.append(np.arange(64) * 16, [0, 1023])
+    logits[rows, ids] = -np.inf
+    logits[rows, ids] = logits.max(axis=-1) + np.float32(ahead)
+    inputs = Inputs(jnp.asarray(logits), jnp.asarray(ids, jnp.int32)[:, None])
+    losses, safe = sampled(reading, inputs)
+    assert np.all(safe)
+    np.testing.assert_allclose(losses, oracle.loss(logits, ids), rtol=2e-6)
+
+
+@either_reading
+def test_what_a_sample_cannot_serve_is_told(reading: str) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(9, 1024)).astype(np.float32)
+    ids = np.full((9, 1), 700, np.int32)
+    logits[0, 500] = 40
+    logits[1, 500] = 3e38
+    logits[2, 500] = np.nan
+    logits[3, 5] = np.inf
+    logits[4, :128] = -np.inf
+    logits[5] = -np.inf
+    logits[6, 700] = 90
+    # What it can: classes that are not there.
+    logits[7, 200:] = -np.inf
+    ids[8] = -1
+    _, safe = sampled(reading, Inputs(jnp.asarray(logits), jnp.asarray(ids)))
+    np.testing.assert_array_equal(safe, [False] * 7 + [True] * 2)
+
+
+@pytest.mark.parametrize("num_classes", [1000, 1024])
+@pytest.mark.parametrize("outlier", [40.0, 3e38, -3e38, np.inf, np.nan])
+def test_one_row_that_no_sample_serves_spoils_none(
+    monkeypatch: pytest.MonkeyPatch, num_classes: int, outlier: float
+) -> None:
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", 8 * num_classes)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(21, num_classes)).astype(np.float32)
+    logits[3, 500] = outlier
+    ids = rng.integers(400, size=21)
+    want = oracle.loss(logits, ids)
+    for counted in (np.ones((21, 1), bool), np.arange(21)[:, None] != 3):
+        inputs = Inputs(
+            jnp.asarray(logits), jnp.asarray(ids, jnp.int32)[:, None], counted=counted
+        )
+        got = jax.jit(lambda x: _logits._evaluate_blocked(PLAIN, x))(inputs)
+        np.testing.assert_allclose(
+            got.nll[:, 0], np.where(counted[:, 0], want, 0), rtol=1e-6
+        )
+
+
+def test_rows_without_any_label_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", 8 * 1024)
+    inputs = Inputs(jnp.zeros((21, 1024)), jnp.full((21, 1), -1, jnp.int32))
+    got = jax.jit(lambda x: _logits._evaluate_blocked(PLAIN, x))(inputs)
+    np.testing.assert_array_equal(got.nll, np.nan)
+    np.testing.assert_allclose(got.peak + got.spread, np.log(1024), rtol=1e-6)
 
 
 MAPPED = {
@@ -201,6 +298,7 @@ def test_vmap_makes_a_block_of_more_rows(
     got = jax.jit(run)(given)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=3e-7)
     close(got.nll, want.nll)
+    # A peak may be that of a sample.
     close(got.peak + got.spread, want.peak + want.spread)
     if smooth:
         close(got.smooth, want.smooth)
@@ -236,7 +334,7 @@ def test_rows_are_blocked_inside_shard_map(dtype: Any) -> None:
         loss_fn, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
     )
     logits, labels = jnp.zeros((32, 2**19), dtype), jnp.zeros(32, jnp.int32)
-    assert loops(sharded, logits, labels) == 1
+    assert loops(sharded, logits, labels) > 0
     np.testing.assert_allclose(sharded(logits, labels), np.log(2.0**19), rtol=1e-6)
 
 
