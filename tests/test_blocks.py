@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -231,77 +232,86 @@ def test_rows_without_any_label_are_nan(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_allclose(got.peak + got.spread, np.log(1024), rtol=1e-6)
 
 
-MAPPED = {
-    "rows": ((), Inputs(0, 0)),
-    "batches": ((6,), Inputs(1, 0)),
-    "counted": ((6,), Inputs(0, 0, None, 0)),
-    "logits": ((6,), Inputs(0, None, None, None)),
-    "labels": ((6,), Inputs(None, 0, None, None)),
-    "shared classes": ((6,), Inputs(0, 0, None, 0)),
-    "own classes": ((6,), Inputs(0, 0, 0, 0)),
-    "scale": ((6,), Inputs(0, 0, None, 0, None, 0)),
-}
+def example_inputs(rng: np.random.Generator, batch: tuple[int, ...]) -> dict[str, Any]:
+    """All that an example can have, by name; two kinds of masks of classes."""
+    shape, ones = (*batch, 640), (1,) * len(batch)
+    return {
+        "logits": rng.normal(size=shape).astype(np.float32),
+        "labels": rng.integers(-1, 640, size=(*batch, 1)).astype(np.int32),
+        "shared where": rng.random((*ones, 640)) < 0.8,
+        "own where": rng.random(shape) < 0.8,
+        "counted": rng.random((*batch, 1)) < 0.8,
+        "class_weights": rng.random((*ones, 640)).astype(np.float32),
+        "scale": np.float32(rng.random()),
+    }
 
 
-@pytest.mark.parametrize("name", MAPPED)
-@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "mapped", "equal", "blocked"),
+    [
+        ((), "logits,labels", "", True),
+        ((6,), "logits,labels,counted", "", True),
+        ((6,), "logits", "labels,counted", True),
+        ((6,), "labels", "logits", True),
+        ((6,), "logits,labels", "shared where,class_weights,scale", True),
+        ((6,), "logits,labels,own where", "class_weights", True),
+        ((6,), "logits,labels", "own where", True),
+        ((6,), "logits,labels,shared where", "", False),
+        ((6,), "logits,labels,scale", "", False),
+        ((6,), "logits,labels,class_weights", "", False),
+    ],
+)
 def test_vmap_makes_a_block_of_more_rows(
-    monkeypatch: pytest.MonkeyPatch, name: str, smooth: bool
+    monkeypatch: pytest.MonkeyPatch,
+    batch: tuple[int, ...],
+    mapped: str,
+    equal: str,
+    blocked: bool,
 ) -> None:
     monkeypatch.setattr(_logits, "_num_cpus", lambda: 1)
-    batch, in_axes = MAPPED[name]
-    num_classes, size = 640, 7
-    monkeypatch.setattr(_logits, "_BLOCK_SIZE", 4 * num_classes)
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", 4 * 640)
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(size, *batch, num_classes)).astype(np.float32)
-    mask = {
-        "shared classes": jnp.asarray(rng.random((size, 1, num_classes)) < 0.8),
-        "own classes": jnp.asarray(rng.random(logits.shape) < 0.8),
-    }
-    inputs = Inputs(
-        jnp.asarray(logits),
-        jnp.asarray(rng.integers(-1, num_classes, size=(size, *batch, 1)), jnp.int32),
-        mask.get(name),
-        jnp.asarray(rng.random((size, *batch, 1)) < 0.8)
-        if in_axes.counted == 0
-        else None,
-        jnp.ones((1,) * len(batch) + (num_classes,)) if smooth else None,
-        jnp.asarray(rng.random(size), jnp.float32) if name == "scale" else None,
-    )
-    spec = Spec((len(batch),), False, smooth=smooth)
+    examples = [example_inputs(rng, batch) for _ in range(7)]
 
-    def of(i: int, a: Any, axis: int | None) -> Any:
-        return None if a is None else a[0 if axis is None else i]
+    def inputs_of(value: Callable[[str, int | None], Any]) -> Inputs:
+        given = {name: value(name, 0) for name in mapped.split(",")}
+        given |= {name: value(name, None) for name in equal.split(",") if name}
+        return Inputs(**{name.split()[-1]: a for name, a in given.items()})
 
-    each = [
-        _statistics.evaluate(
-            spec,
-            Inputs(
-                *(of(i, a, b) for a, b in zip(inputs[:4], in_axes[:4], strict=True))
-            )._replace(
-                class_weights=inputs.class_weights, scale=of(i, inputs.scale, 0)
-            ),
-        )
-        for i in range(size)
-    ]
-    want = jax.tree.map(lambda *a: jnp.stack(a), *each)
-    given = Inputs(
-        *(
-            a if axis is not None or a is None or k > 3 else a[0]
-            for k, (a, axis) in enumerate(zip(inputs, in_axes, strict=True))
+    in_axes = inputs_of(lambda _, axis: axis)
+    inputs = inputs_of(
+        lambda name, axis: jnp.asarray(
+            examples[0][name] if axis is None else np.stack([e[name] for e in examples])
         )
     )
-    if name == "batches":
-        given = given._replace(logits=jnp.moveaxis(given.logits, 0, 1))
+    spec = Spec((len(batch),), False, smooth="class_weights" in mapped + equal)
     run = jax.vmap(functools.partial(_logits.evaluate, spec), (in_axes,))
-    assert (loops(run, given) > 0) == (name != "scale")
-    got = jax.jit(run)(given)
+    whole = jax.vmap(functools.partial(_statistics.evaluate, spec), (in_axes,))
+    assert (loops(run, inputs) > 0) == blocked
+    got, want = jax.jit(run)(inputs), jax.jit(whole)(inputs)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=3e-7)
     close(got.nll, want.nll)
     # A peak may be that of a sample.
     close(got.peak + got.spread, want.peak + want.spread)
-    if smooth:
+    if spec.smooth:
         close(got.smooth, want.smooth)
+
+
+def test_vmap_of_vmap_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_logits, "_num_cpus", lambda: 1)
+    monkeypatch.setattr(_logits, "_BLOCK_SIZE", 4 * 640)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 5, 640)).astype(np.float32)
+    ids = rng.integers(640, size=(5, 3)).astype(np.int32)
+
+    def evaluate(z: jax.Array, y: jax.Array) -> jax.Array:
+        return _logits.evaluate(Spec((0,), False), Inputs(z, y[None])).nll[0]
+
+    run = jax.jit(jax.vmap(jax.vmap(evaluate), (0, 1)))
+    assert loops(run, logits, ids) > 0
+    want = oracle.loss(logits.reshape(15, 640), ids.T.reshape(15))
+    got = run(logits, ids)
+    np.testing.assert_allclose(got.reshape(15), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -328,12 +338,15 @@ def test_rows_are_not_blocked_where_they_may_be_sharded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rows_are_blocked_inside_shard_map(dtype: Any) -> None:
+@pytest.mark.parametrize("labels_differ", [True, False])
+def test_rows_are_blocked_inside_shard_map(labels_differ: bool, dtype: Any) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    of_labels = P("data") if labels_differ else P()
     sharded = jax.shard_map(
-        loss_fn, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
+        loss_fn, mesh=mesh, in_specs=(P("data"), of_labels), out_specs=P("data")
     )
-    logits, labels = jnp.zeros((32, 2**19), dtype), jnp.zeros(32, jnp.int32)
+    logits = jnp.zeros((32, 2**19), dtype)
+    labels = jnp.zeros(32 if labels_differ else 4, jnp.int32)
     assert loops(sharded, logits, labels) > 0
     np.testing.assert_allclose(sharded(logits, labels), np.log(2.0**19), rtol=1e-6)
 
