@@ -38,7 +38,7 @@ def one_minus_exp(x: np.ndarray) -> np.ndarray:
     return -np.expm1(-x)
 
 
-# Of all functions the largest sums of exponentials need: 2^20 classes, and more.
+# The logarithm of a sum of exponentials, of which the backward pass takes `exp`.
 UP_TO_88 = np.random.default_rng(2).uniform(0, 88, 20011).astype(np.float32)
 
 # The function, what it approximates, arguments, and units in the last place.
