@@ -26,12 +26,16 @@ from jaxlosses._statistics import Cotangents, Inputs, Partial, Spec, Statistics
 
 # Logits of a block, about 4 MiB in float32: read from cache after the first time.
 _BLOCK_SIZE = 2**20
+# Where only sums of them are written, a block may be so many times as large.
+_LARGER = (4, 2)
 
 # Up to so many classes, what is done with each is written out.
 _FEW_CLASSES = 26
 
-# From so many on, looking for the largest logit costs more than a sample.
-_FEWEST_SAMPLED = 512
+# From so many on, looking for the largest logit costs more than a sample; from so many
+# too if some are left over in the sums of a sampled row.
+_FEWEST_SAMPLED = 128
+_FEWEST_LEFT_OVER = 512
 
 
 class Residuals(NamedTuple):
@@ -298,33 +302,28 @@ def _read(spec: Spec, inputs: Inputs, rows: int) -> Partial:
     Its largest logit is not looked for, where the largest of a sample will do.
     """
 
-    def by_blocks(spec: Spec) -> Partial:
+    def by_blocks(spec: Spec, rows: int) -> Partial:
         read = functools.partial(_statistics.partial, spec, uniform=None)
         part: Partial = _by_rows(read, inputs, rows)
         return part
 
     num_rows, num_classes = inputs.logits.shape
-    plain = _is_plain(spec, inputs) and num_classes >= _FEWEST_SAMPLED
-    if num_rows <= rows or not plain:
-        return by_blocks(spec)
-    # What XLA:CPU has to convert, its library does not reduce.
-    if inputs.logits.dtype == jnp.float32 and _statistics.piece_width(num_classes):
-        # In a branch, or XLA:CPU computes logits anew for each of their readers.
-        read = functools.partial(_statistics.partial_of_pieces, spec)
-        part = lax.cond(jnp.any(inputs.labels >= 0), read, _of_no_label, inputs)
-    else:
-        part = by_blocks(dataclasses.replace(spec, sampled=True))
+    even = _statistics.fold_of(num_classes) is not None
+    fewest = _FEWEST_SAMPLED if even else _FEWEST_LEFT_OVER
+    if num_rows <= rows or num_classes < fewest or not _is_plain(spec, inputs):
+        return by_blocks(spec, rows)
+    # No row is read twice for it, and XLA:CPU does not compute the logits of a loop anew
+    # for each of their readers.
+    larger = (n * rows for n in _LARGER if num_rows % (n * rows) == 0)
+    more = next((n for n in larger if n < num_rows), rows)
+    part = by_blocks(dataclasses.replace(spec, sampled=True), more)
     unsafe = ~_statistics.is_safe(part)
     if inputs.counted is not None:
         unsafe &= inputs.counted
-    result: Partial = lax.cond(jnp.any(unsafe), lambda: by_blocks(spec), lambda: part)
+    result: Partial = lax.cond(
+        jnp.any(unsafe), lambda: by_blocks(spec, rows), lambda: part
+    )
     return result
-
-
-def _of_no_label(inputs: Inputs) -> Partial:
-    """Nothing to rely on, for rows that all lack a label."""
-    nothing = jnp.where(inputs.labels < 0, jnp.inf, inputs.logits[:, :1])
-    return Partial(nothing, nothing, nothing)
 
 
 def rows_of_block(num_classes: int) -> int:

@@ -71,16 +71,16 @@ _LONGEST_ROW = 2**15 - 1
 _MOST_PARTS = 64
 
 # Classes among which the rival of a sampled row is looked for.
-_SAMPLE = 128
+_SAMPLE = 32
+# So many exponentials are added up before any is written: what one core has in its cache
+# is slow to read for another. A loop over more would not be unrolled.
+_LARGEST_FOLD = 8
+# float32 numbers of a vector of XLA:CPU.
+_LANES = 8
 # A logit that exceeds the largest of the sample by 32 is rounded by half of 2^-19.
 _LARGEST_MASS = math.exp(32)
 # A label that exceeds it by more may have an exponential of its lead that underflows.
 _LARGEST_LEAD = 80
-
-# Shorter pieces are reduced slowly, and one of each row is read twice, which costs too
-# much if it is not a small part of it.
-_SHORTEST_PIECE = 64
-_FEWEST_PIECES = 16
 
 Values = Float[Array, "..."]
 Ids = Integer[Array, "..."]
@@ -297,6 +297,8 @@ def _partial(
     """The label's logit, and its rivals."""
     if spec.few:
         return _partial_of_few(spec, inputs)
+    if spec.sampled:
+        return _partial_of_sample(spec, inputs)
     is_label = _is_label(spec, inputs)
     label = _at_label(spec, inputs, signed, is_label)
     rival, mass = _rivals(spec, jnp.where(is_label, -jnp.inf, signed), magnitude)
@@ -322,48 +324,44 @@ def _partial_of_few(spec: Spec, inputs: Inputs) -> Partial:
     return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
 
 
-def partial_of_pieces(spec: Spec, inputs: Inputs) -> Partial:
-    """Reads plain logits of many classes once, and copies none of them.
+def _partial_of_sample(spec: Spec, inputs: Inputs) -> Partial:
+    """The same for a block of plain logits, with the rival from the first few.
 
-    Every piece of a row is summed as it is, the one with the label once more without
-    it. That takes a rival that is known before, the largest of a sample; `is_safe` says
-    whether it was fit.
-
-    Args:
-        spec: with one batch axis and one class axis.
-        inputs: of which the logits are in memory, on one CPU, in the dtype of the sums.
+    Known before, it lets the sum begin where the exponentials are taken, so that a
+    part of them is written. `is_safe` says whether it was fit.
     """
     alone = lax.optimization_barrier
     logits, labels = inputs.logits, inputs.labels
-    sample = inputs._replace(logits=logits[:, :_SAMPLE])
-    others = jnp.where(_is_label(spec, sample), -jnp.inf, sample.logits)
-    rival = alone(_max(spec, others))
-    width = piece_width(logits.shape[1])
-    pieces = logits.reshape(len(logits), -1, width)
-    shape = pieces.shape[:2]
+    num_rows, num_classes = logits.shape
 
-    def mass(a: Values, rival: Values) -> Values:
-        # The library's sum, and its exponential.
-        return alone(jnp.sum(jnp.exp(a - rival), 1, keepdims=True))
+    def others(logits: Values, labels: Ids) -> Values:
+        wide = logits.astype(accumulation_dtype(logits.dtype))
+        return jnp.where(_class_ids(spec, wide.shape) == labels, -jnp.inf, wide)
 
-    of_piece = jnp.broadcast_to(rival, shape).reshape(-1, 1)
-    masses = mass(pieces.reshape(-1, width), of_piece).reshape(shape)
-    own = jnp.maximum(labels, 0) // width
-    piece = jnp.take_along_axis(pieces, own[:, :, None], 1)[:, 0]
-    is_label = _class_ids(spec, piece.shape) == labels - own * width
-    of_own = mass(alone(jnp.where(is_label, -jnp.inf, piece)), rival)
-    of_others = alone(jnp.where(_class_ids(spec, shape) == own, 0, masses))
-    return Partial(
-        _gathered(spec, inputs, logits), rival, _sum(spec, of_others) + of_own
-    )
+    rival = _max(spec, alone(others(logits[:, :_SAMPLE], labels)))
+    # Without any, -inf - (-inf) would be NaN.
+    base = alone(jnp.where(rival == -jnp.inf, 0, rival))
+
+    def mass(terms: Values) -> Values:
+        return _sum(spec, _each(_short_rows(terms), lambda a, _: jnp.sum(a, 1)))
+
+    fold = fold_of(num_classes) or _LARGEST_FOLD
+    size = num_classes // (fold * _LANES) * (fold * _LANES)
+    terms = exp(others(logits[:, :size], labels) - base)
+    terms = terms.reshape(num_rows, -1, fold, _LANES)
+    # XLA:CPU would give a plain sum to a library, for which it writes all terms first.
+    zero = jnp.zeros((), terms.dtype)
+    folded = lax.reduce(terms, zero, lambda a, b: a + jnp.abs(b), (2,))
+    total = mass(alone(folded).reshape(num_rows, -1))
+    if size < num_classes:
+        total += mass(exp(others(logits[:, size:], labels - size) - base))
+    return Partial(_gathered(spec, inputs, _signed(inputs)[0]), rival, total)
 
 
-def piece_width(num_classes: int) -> int:
-    """A divisor that is near the square root, or 0 if there is none of fit size."""
-    root = math.sqrt(num_classes)
-    widths = range(_SHORTEST_PIECE, num_classes // _FEWEST_PIECES + 1)
-    fit = (width for width in widths if num_classes % width == 0)
-    return min(fit, key=lambda width: max(width / root, root / width), default=0)
+def fold_of(num_classes: int) -> int | None:
+    """How many exponentials are added up at a time if none is to be left over."""
+    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
+    return next((n for n in folds if num_classes % (n * _LANES) == 0), None)
 
 
 def is_safe(part: Partial) -> Mask:
@@ -432,44 +430,51 @@ def _rivals(
 def _rivals_in_cache(
     spec: Spec, others: Values, magnitude: Values | None
 ) -> tuple[Values, Values]:
-    """The same of a block, by reductions that are fast on XLA:CPU.
-
-    Those are of an array in memory, which must not be converted from bfloat16, and of
-    short rows: a long one is cut in equal parts. Without a divisor of fit size, less
-    than one entry per part is left over, at the price of a copy.
-    """
+    """The same of a block, by reductions that are fast on XLA:CPU."""
     alone = lax.optimization_barrier
-    num_rows, num_classes = others.shape
-    least = -(-num_classes // _LONGEST_ROW)
-    exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
-    num_parts = next(exact, least)
-    width = num_classes // num_parts
-    cut, left = jnp.split(others, [width * num_parts], 1)
-    arrays = [(alone(alone(cut).reshape(num_rows * num_parts, width)), num_parts)]
-    if left.shape[1]:
-        arrays.append((alone(left), 1))
-
-    def each(reduced: Callable[[Values, int], Values]) -> Values:
-        found = [
-            alone(reduced(a, parts)).reshape(num_rows, parts) for a, parts in arrays
-        ]
-        return jnp.concatenate(found, 1)
+    rows = _short_rows(others)
+    rival = _max(spec, _each(rows, lambda a, _: jnp.max(a, 1)))
+    base = alone(jnp.where(rival == -jnp.inf, 0, rival))
 
     def mass(a: Values, parts: int) -> Values:
-        of_part = jnp.broadcast_to(base, (num_rows, parts)).reshape(-1, 1)
+        of_part = jnp.broadcast_to(base, (len(base), parts)).reshape(-1, 1)
         gap = _gap(spec, a, of_part)
         if spec.softcap is not None:
             gap = alone(gap)
         # The library's exponential is part of its sum, ours would be written first.
         return jnp.sum(jnp.exp(_scaled(gap, magnitude)), 1)
 
-    if spec.sampled:
-        rival = _max(spec, alone(others[:, :_SAMPLE]))
-    else:
-        rival = _max(spec, each(lambda a, _: jnp.max(a, 1)))
-    # Without any, -inf - (-inf) would be NaN.
-    base = alone(jnp.where(rival == -jnp.inf, 0, rival))
-    return rival, _sum(spec, each(mass))
+    return rival, _sum(spec, _each(rows, mass))
+
+
+def _short_rows(a: Values) -> list[tuple[Values, int]]:
+    """Arrays of the parts of each row, and how many those are.
+
+    XLA:CPU is fast at reductions of an array in memory, which must not be converted
+    from bfloat16, and of short rows: a long one is cut in equal parts. Without a
+    divisor of fit size, less than one entry per part is left over, at the price of a
+    copy.
+    """
+    alone = lax.optimization_barrier
+    num_rows, num_classes = a.shape
+    least = -(-num_classes // _LONGEST_ROW)
+    exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
+    num_parts = next(exact, least)
+    width = num_classes // num_parts
+    cut, left = jnp.split(a, [width * num_parts], 1)
+    rows = [(alone(alone(cut).reshape(num_rows * num_parts, width)), num_parts)]
+    return [*rows, (alone(left), 1)] if left.shape[1] else rows
+
+
+def _each(
+    rows: list[tuple[Values, int]], reduced: Callable[[Values, int], Values]
+) -> Values:
+    """A reduction of every part of each row."""
+    found = [
+        lax.optimization_barrier(reduced(a, parts)).reshape(-1, parts)
+        for a, parts in rows
+    ]
+    return jnp.concatenate(found, 1)
 
 
 def first(spec: Spec, mask: Mask) -> Ids:

@@ -139,52 +139,41 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
 
 
 PLAIN = Spec((1,), False)
-# Sampled blocks, and pieces of 64 classes.
-SAMPLED = {
-    "blocks": functools.partial(
-        _statistics.partial,
-        dataclasses.replace(PLAIN, in_cache=True, sampled=True),
-        uniform=None,
-    ),
-    "pieces": functools.partial(_statistics.partial_of_pieces, PLAIN),
-}
-either_reading = pytest.mark.parametrize("reading", SAMPLED)
-
-
 @functools.cache
-def sampled(reading: str) -> Callable[[Inputs], tuple[jax.Array, jax.Array]]:
+def sampled() -> Callable[[Inputs], tuple[jax.Array, jax.Array]]:
     """Losses of inputs, and whether they are safe."""
+    spec = dataclasses.replace(PLAIN, in_cache=True, sampled=True)
 
     def run(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        part = SAMPLED[reading](inputs)
+        part = _statistics.partial(spec, inputs, uniform=None)
         nll = _statistics.finish(PLAIN, part, inputs).nll
         return nll[:, 0], _statistics.is_safe(part)[:, 0]
 
     return jax.jit(run)
 
 
-@either_reading
 @pytest.mark.parametrize("ahead", [-100.0, 0.0, 12.0, 20.0, 54.0])
 @pytest.mark.parametrize("beyond", [0.0, 25.0])
+# Added up by eight, by five and by eight with some left over.
+@pytest.mark.parametrize("num_classes", [1024, 1000, 1021])
 def test_a_sampled_rival_costs_no_digits(
-    reading: str, ahead: float, beyond: float
+    num_classes: int, ahead: float, beyond: float
 ) -> None:
     """With other logits far above those of the sample, and the label in every place."""
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(66, 1024)).astype(np.float32)
-    rows, others = np.arange(66), 128 + rng.integers(800, size=(5, 66))
-    logits[rows, others] = logits[:, :128].max(axis=-1) + np.float32(beyond)
-    ids = np.append(np.arange(64) * 16, [0, 1023])
+    logits = rng.normal(size=(66, num_classes)).astype(np.float32)
+    rows, others = np.arange(66), 32 + rng.integers(num_classes - 32, size=(5, 66))
+    logits[rows, others] = logits[:, :32].max(axis=-1) + np.float32(beyond)
+    ids = np.append(np.arange(64) * num_classes // 64, [0, num_classes - 1])
     logits[rows, ids] = -np.inf
     logits[rows, ids] = logits.max(axis=-1) + np.float32(ahead)
     inputs = Inputs(jnp.asarray(logits), jnp.asarray(ids, jnp.int32)[:, None])
-    losses, safe = sampled(reading)(inputs)
+    losses, safe = sampled()(inputs)
     assert jnp.all(safe)
     np.testing.assert_allclose(losses, oracle.loss(logits, ids), rtol=2e-6)
 
 
-@either_reading
-def test_what_a_sample_cannot_serve_is_told(reading: str) -> None:
+def test_what_a_sample_cannot_serve_is_told() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(9, 1024)).astype(np.float32)
     ids = np.full((9, 1), 700, np.int32)
@@ -192,13 +181,13 @@ def test_what_a_sample_cannot_serve_is_told(reading: str) -> None:
     logits[1, 500] = 3e38
     logits[2, 500] = np.nan
     logits[3, 5] = np.inf
-    logits[4, :128] = -np.inf
+    logits[4, :32] = -np.inf
     logits[5] = -np.inf
     logits[6, 700] = 90
     # What it can: classes that are not there.
     logits[7, 200:] = -np.inf
     ids[8] = -1
-    _, safe = sampled(reading)(Inputs(jnp.asarray(logits), jnp.asarray(ids)))
+    _, safe = sampled()(Inputs(jnp.asarray(logits), jnp.asarray(ids)))
     np.testing.assert_array_equal(safe, [False] * 7 + [True] * 2)
 
 
@@ -346,8 +335,8 @@ def test_rows_are_blocked_inside_shard_map(labels_differ: bool, dtype: Any) -> N
     )
     logits = jnp.zeros((32, 2**19), dtype)
     labels = jnp.zeros(32 if labels_differ else 4, jnp.int32)
-    # Blocks of a sample's rival, unless there are pieces, and blocks of the largest.
-    assert loops(sharded, logits, labels) == (1 if dtype == jnp.float32 else 2)
+    # Blocks of a sample's rival, and of the largest.
+    assert loops(sharded, logits, labels) == 2
     np.testing.assert_allclose(sharded(logits, labels), np.log(2.0**19), rtol=1e-6)
 
 

@@ -73,6 +73,7 @@ def test_error_in_units_of_the_last_place(name: str, width: int | None) -> None:
     [
         ("exp", [0.0, -0.0, -1e-30, -87.4, -104.0, -3e38], [1, 1, 1, 0, 0, 0]),
         ("exp", [-np.inf, np.nan], [0, np.nan]),
+        ("exp", [89.0, 100.0, 178.0, 3e38, np.inf], [np.inf] * 5),
         ("expm1", [0.0, -0.0, -20.0, -87.4, -104.0, -3e38], [0, 0, -1, -1, -1, -1]),
         ("expm1", [-np.inf, np.nan], [-1, np.nan]),
         ("log1p", [0.0, -0.0, np.inf, np.nan], [0, 0, np.inf, np.nan]),
