@@ -259,6 +259,10 @@ def _temp_bytes(compiled: Any) -> int | None:
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
+# So long do the threads of a process take a core from the next contestant.
+_PAUSE = 0.2
+
+
 class _Remote:
     """A case that a worker has loaded."""
 
@@ -268,7 +272,9 @@ class _Remote:
         self.temp_bytes = answer["temp_bytes"]
 
     def time(self, turn: int, calls: int) -> float:
-        return float(self._ask("time", turn=turn, calls=calls)["ms"])
+        answer = self._ask("time", turn=turn, calls=calls)
+        time.sleep(_PAUSE)
+        return float(answer["ms"])
 
     def losses(self) -> np.ndarray:
         return np.array(self._ask("losses")["losses"])
