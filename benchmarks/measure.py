@@ -16,8 +16,6 @@ from benchmarks.cases import FORWARD, FUSED, OURS, Case, confident_rows
 from benchmarks.peers import Contestant, PeerError, first_line, load_factors
 
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 40
-# So long do thread pools look for more work before they sleep.
-_PAUSE = 0.005
 # A GPU takes calls while it works: one sample is as many calls as last so long.
 _GPU_SAMPLE_MS = 20.0
 _MAX_CALLS = 200
@@ -48,7 +46,10 @@ class Measurement:
                 name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))
                 for name, ms in estimates.items()
             }
-        one_round = sum(_PAUSE + 1e-3 * ms * calls[n] for n, ms in estimates.items())
+        one_round = sum(
+            self._contestants[name].pause + 1e-3 * ms * calls[name]
+            for name, ms in estimates.items()
+        )
         rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(budget / one_round)))
         samples = [self._times(turn, calls) for turn in range(rounds)]
         return {
@@ -77,9 +78,9 @@ class Measurement:
         times = {}
         for name in order:
             with self._unless_it_fails(name):
-                time.sleep(_PAUSE)
                 each = 1 if calls is None else calls[name]
                 times[name] = self._contestants[name].time(turn, each)
+                time.sleep(self._contestants[name].pause)
         return times
 
     def _errors(self) -> dict[str, dict[str, float]]:

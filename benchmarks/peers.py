@@ -43,9 +43,11 @@ class Contestant(Protocol):
 
     Attributes:
         temp_bytes: temporary memory of one call, None where unknown.
+        pause: so many seconds after a call may its threads look for more work.
     """
 
     temp_bytes: int | None
+    pause: float
 
     def time(self, turn: int, calls: int) -> float:
         """Milliseconds per call."""
@@ -210,6 +212,8 @@ def _gradients(fused: Fused) -> Callable[..., Any]:
 class _Compiled:
     """A JAX function of logits and labels, or of their factors and labels."""
 
+    pause = 0.005
+
     def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
         self._function = jax.jit(function).lower(*inputs[0]).compile()
         self.temp_bytes = _temp_bytes(self._function)
@@ -235,6 +239,8 @@ class _Compiled:
 class _CompiledStep:
     """A JAX training step, whose factors are donated from call to call."""
 
+    pause = _Compiled.pause
+
     def __init__(
         self, function: Callable[..., Any], factors: Any, labels: jax.Array
     ) -> None:
@@ -259,12 +265,11 @@ def _temp_bytes(compiled: Any) -> int | None:
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
-# So long do the threads of a process take a core from the next contestant.
-_PAUSE = 0.2
-
-
 class _Remote:
     """A case that a worker has loaded."""
+
+    # Of TensorFlow, a tenth of a second was too short.
+    pause = 0.2
 
     def __init__(self, worker: "Worker", case: Case) -> None:
         self._ask = worker.ask
@@ -272,9 +277,7 @@ class _Remote:
         self.temp_bytes = answer["temp_bytes"]
 
     def time(self, turn: int, calls: int) -> float:
-        answer = self._ask("time", turn=turn, calls=calls)
-        time.sleep(_PAUSE)
-        return float(answer["ms"])
+        return float(self._ask("time", turn=turn, calls=calls)["ms"])
 
     def losses(self) -> np.ndarray:
         return np.array(self._ask("losses")["losses"])
