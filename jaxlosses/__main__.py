@@ -107,11 +107,14 @@ def _errors(
     worst_loss = worst_gradient = 0.0
     for num_classes in sizes:
         logits, labels = _confident(num_classes, dtype)
+
+        def both(z: jax.Array, labels: np.ndarray = labels) -> Any:
+            loss, pull = jax.vjp(lambda z: loss_fn(z, labels, **options), z)
+            return loss, *pull(jnp.ones_like(loss))
+
         with jax.enable_x64(dtype == "float64"):
-            compiled = jax.jit(functools.partial(loss_fn, labels=labels, **options))
-            loss, pull = jax.vjp(compiled, jnp.asarray(logits))
-            (gradient,) = pull(jnp.ones_like(loss))
-        want, want_gradient, terms = _exact(logits, labels, **options)
+            loss, gradient = jax.jit(both)(jnp.asarray(logits))
+        want, want_gradient, terms = _exact(num_classes, dtype, **options)
         worst_loss = max(worst_loss, _worst(loss, want, want))
         worst_gradient = max(worst_gradient, _worst(gradient, want_gradient, terms))
     return worst_loss, worst_gradient
@@ -124,6 +127,7 @@ def _worst(got: jax.Array, want: np.ndarray, size: np.ndarray) -> float:
     return float(np.max(np.where(normal, error / np.where(normal, size, 1), 0)))
 
 
+@functools.cache
 def _confident(num_classes: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits of order 1 whose labels lead by each of the margins, in nats."""
     rng = np.random.default_rng(num_classes)
@@ -136,9 +140,10 @@ def _confident(num_classes: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return logits.astype(jnp.dtype(dtype)), labels
 
 
+@functools.cache
 def _exact(
-    logits: np.ndarray,
-    labels: np.ndarray,
+    num_classes: int,
+    dtype: str,
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -149,7 +154,8 @@ def _exact(
 
     The options enter as the losses take them, rounded to the accumulation dtype.
     """
-    if logits.dtype != np.float64:
+    logits, labels = _confident(num_classes, dtype)
+    if dtype != "float64":
         label_smoothing, z_loss, logit_scale = (
             float(np.float32(x)) for x in (label_smoothing, z_loss, logit_scale)
         )
