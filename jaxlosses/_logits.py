@@ -312,8 +312,8 @@ def _read(spec: Spec, inputs: Inputs, rows: int) -> Partial:
     fewest = _FEWEST_SAMPLED if even else _FEWEST_LEFT_OVER
     if num_rows <= rows or num_classes < fewest or not _is_plain(spec, inputs):
         return by_blocks(spec, rows)
-    # No row is read twice for it, and XLA:CPU does not compute the logits of a loop anew
-    # for each of their readers.
+    # Such that no row is read twice, and in a loop: otherwise XLA:CPU may compute the
+    # logits anew for each of their readers.
     larger = (n * rows for n in _LARGER if num_rows % (n * rows) == 0)
     more = next((n for n in larger if n < num_rows), rows)
     part = by_blocks(dataclasses.replace(spec, sampled=True), more)

@@ -72,8 +72,8 @@ _MOST_PARTS = 64
 
 # Classes among which the rival of a sampled row is looked for.
 _SAMPLE = 32
-# So many exponentials are added up before any is written: what one core has in its cache
-# is slow to read for another. A loop over more would not be unrolled.
+# So many exponentials are added up before any is written, since what one core has in
+# its cache is slow to read for another. A loop over more would not be unrolled.
 _LARGEST_FOLD = 8
 # float32 numbers of a vector of XLA:CPU.
 _LANES = 8

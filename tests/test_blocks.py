@@ -138,6 +138,8 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
 
 
 PLAIN = Spec((1,), False)
+
+
 @functools.cache
 def sampled() -> Callable[[Inputs], tuple[jax.Array, jax.Array]]:
     """Losses of inputs, and whether they are safe."""
