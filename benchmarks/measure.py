@@ -38,7 +38,9 @@ class Measurement:
     def entries(self, budget: float, *, on_gpu: bool) -> dict[str, Any]:
         """Runs everyone in turns for about `budget` seconds; one entry each."""
         self._times(0)  # the first call of all pays for what is set up lazily
+        began = time.monotonic()
         estimates = self._times(1)
+        one_round = time.monotonic() - began
         errors = self._errors() if self._case.what in (FORWARD, FUSED) else {}
         calls = dict.fromkeys(estimates, 1)
         if on_gpu:
@@ -46,9 +48,8 @@ class Measurement:
                 name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))
                 for name, ms in estimates.items()
             }
-        one_round = sum(
-            self._contestants[name].pause + 1e-3 * ms * calls[name]
-            for name, ms in estimates.items()
+        one_round += sum(
+            1e-3 * ms * (calls[name] - 1) for name, ms in estimates.items()
         )
         rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(budget / one_round)))
         samples = [self._times(turn, calls) for turn in range(rounds)]
@@ -75,12 +76,18 @@ class Measurement:
         """One sample of everyone, in an order that changes with the turn."""
         order = list(self._contestants)
         random.Random(turn).shuffle(order)
-        times = {}
+        times: dict[str, float] = {}
+        process = None
         for name in order:
+            contestant = self._contestants[name]
             with self._unless_it_fails(name):
-                each = 1 if calls is None else calls[name]
-                times[name] = self._contestants[name].time(turn, each)
-                time.sleep(self._contestants[name].pause)
+                # A process that sat idle has given its free pages back, and its
+                # first call would pay for having them again.
+                if contestant.process != process:
+                    contestant.time(turn, 1)
+                    process = contestant.process
+                times[name] = contestant.time(turn, 1 if calls is None else calls[name])
+                time.sleep(contestant.pause)
         return times
 
     def _errors(self) -> dict[str, dict[str, float]]:

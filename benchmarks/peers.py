@@ -44,10 +44,12 @@ class Contestant(Protocol):
     Attributes:
         temp_bytes: temporary memory of one call, None where unknown.
         pause: so many seconds after a call may its threads look for more work.
+        process: where it runs.
     """
 
     temp_bytes: int | None
     pause: float
+    process: str
 
     def time(self, turn: int, calls: int) -> float:
         """Milliseconds per call."""
@@ -213,6 +215,7 @@ class _Compiled:
     """A JAX function of logits and labels, or of their factors and labels."""
 
     pause = 0.005
+    process = "this"
 
     def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
         self._function = jax.jit(function).lower(*inputs[0]).compile()
@@ -240,6 +243,7 @@ class _CompiledStep:
     """A JAX training step, whose factors are donated from call to call."""
 
     pause = _Compiled.pause
+    process = _Compiled.process
 
     def __init__(
         self, function: Callable[..., Any], factors: Any, labels: jax.Array
@@ -273,6 +277,7 @@ class _Remote:
 
     def __init__(self, worker: "Worker", case: Case) -> None:
         self._ask = worker.ask
+        self.process = worker.name
         answer = worker.ask("prepare", case=dataclasses.asdict(case))
         self.temp_bytes = answer["temp_bytes"]
 
@@ -287,6 +292,7 @@ class Worker:
     """A long-lived process with another framework, idle unless asked."""
 
     def __init__(self, name: str, python: str, device: str, threads: int) -> None:
+        self.name = name
         root = str(pathlib.Path(__file__).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
