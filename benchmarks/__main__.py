@@ -57,7 +57,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="of timed calls per case, all contestants together; 5 rounds at least",
+        help="of timed calls per case, all contestants together; each has at least 12",
     )
     parser.add_argument(
         "--time-limit",

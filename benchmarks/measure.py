@@ -15,7 +15,9 @@ import numpy as np
 from benchmarks.cases import FORWARD, FUSED, OURS, Case, confident_rows
 from benchmarks.peers import Contestant, PeerError, first_line, load_factors
 
-_MIN_ROUNDS, _MAX_ROUNDS = 5, 40
+_MIN_TURNS, _MAX_TURNS = 3, 20
+_SAMPLES_PER_TURN = 4
+_PAUSE = 0.005  # between two calls
 # A GPU takes calls while it works: one sample is as many calls as last so long.
 _GPU_SAMPLE_MS = 20.0
 _MAX_CALLS = 200
@@ -37,10 +39,10 @@ class Measurement:
 
     def entries(self, budget: float, *, on_gpu: bool) -> dict[str, Any]:
         """Runs everyone in turns for about `budget` seconds; one entry each."""
-        self._times(0)  # the first call of all pays for what is set up lazily
+        self._turn(0)  # the first call of all pays for what is set up lazily
         began = time.monotonic()
-        estimates = self._times(1)
-        one_round = time.monotonic() - began
+        (estimates,) = self._turn(1)
+        one_turn = time.monotonic() - began
         errors = self._errors() if self._case.what in (FORWARD, FUSED) else {}
         calls = dict.fromkeys(estimates, 1)
         if on_gpu:
@@ -48,11 +50,12 @@ class Measurement:
                 name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))
                 for name, ms in estimates.items()
             }
-        one_round += sum(
-            1e-3 * ms * (calls[name] - 1) for name, ms in estimates.items()
-        )
-        rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(budget / one_round)))
-        samples = [self._times(turn, calls) for turn in range(rounds)]
+        for name, ms in estimates.items():
+            one_turn += 1e-3 * ms * (_SAMPLES_PER_TURN * calls[name] - 1)
+        turns = max(_MIN_TURNS, min(_MAX_TURNS, int(budget / one_turn)))
+        samples: list[dict[str, float]] = []
+        for turn in range(turns):
+            samples += self._turn(turn, _SAMPLES_PER_TURN, calls)
         return {
             name: self._entry(name, samples)
             | ({"worst_error": errors[name]} if name in errors else {})
@@ -61,34 +64,42 @@ class Measurement:
         }
 
     def _entry(self, name: str, samples: list[dict[str, float]]) -> dict[str, Any]:
-        own = [turn[name] for turn in samples]
+        own = [each[name] for each in samples]
         entry: dict[str, Any] = {"ms": quartiles(own)}
         for key, other in (("ratio_to_ours", OURS), ("ratio_to_floor", self._floor)):
             if other in self._contestants:
-                entry[key] = quartiles([turn[name] / turn[other] for turn in samples])
+                entry[key] = quartiles([each[name] / each[other] for each in samples])
         entry["temp_bytes"] = self._contestants[name].temp_bytes
         entry["samples_ms"] = [float(f"{ms:.5g}") for ms in own]
         return entry
 
-    def _times(
-        self, turn: int, calls: dict[str, int] | None = None
-    ) -> dict[str, float]:
-        """One sample of everyone, in an order that changes with the turn."""
-        order = list(self._contestants)
-        random.Random(turn).shuffle(order)
-        times: dict[str, float] = {}
-        process = None
-        for name in order:
-            contestant = self._contestants[name]
-            with self._unless_it_fails(name):
-                # A process that sat idle has given its free pages back, and its
-                # first call would pay for having them again.
-                if contestant.process != process:
-                    contestant.time(turn, 1)
-                    process = contestant.process
-                times[name] = contestant.time(turn, 1 if calls is None else calls[name])
-                time.sleep(contestant.pause)
-        return times
+    def _turn(
+        self, turn: int, count: int = 1, calls: dict[str, int] | None = None
+    ) -> list[dict[str, float]]:
+        """Samples of everyone, one process after the other, within it in turns.
+
+        The order changes with the turn, that within a process with each sample.
+        """
+        order = random.Random(turn)
+        processes: dict[str, list[str]] = {}
+        for name, contestant in self._contestants.items():
+            processes.setdefault(contestant.process, []).append(name)
+        samples: list[dict[str, float]] = [{} for _ in range(count)]
+        for names in order.sample(list(processes.values()), len(processes)):
+            first = self._contestants[names[0]]
+            # A process that sat idle has given its free pages back, and its first
+            # call would pay for having them again.
+            with self._unless_it_fails(names[0]):
+                first.time(turn, 1)
+            for i, sample in enumerate(samples, turn * count):
+                for name in order.sample(names, len(names)):
+                    if name in self._contestants:
+                        with self._unless_it_fails(name):
+                            each = 1 if calls is None else calls[name]
+                            sample[name] = self._contestants[name].time(i, each)
+                            time.sleep(_PAUSE)
+            time.sleep(first.pause)
+        return samples
 
     def _errors(self) -> dict[str, dict[str, float]]:
         fused = self._case.what == FUSED

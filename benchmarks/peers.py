@@ -43,7 +43,8 @@ class Contestant(Protocol):
 
     Attributes:
         temp_bytes: temporary memory of one call, None where unknown.
-        pause: so many seconds after a call may its threads look for more work.
+        pause: so many seconds after a call its threads look for more work, which
+            slows another process down.
         process: where it runs.
     """
 
@@ -214,7 +215,7 @@ def _gradients(fused: Fused) -> Callable[..., Any]:
 class _Compiled:
     """A JAX function of logits and labels, or of their factors and labels."""
 
-    pause = 0.005
+    pause = 0.0
     process = "this"
 
     def __init__(self, function: Callable[..., Any], inputs: Any) -> None:

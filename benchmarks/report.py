@@ -480,7 +480,7 @@ def _page(result: Result) -> str:
     parts = [
         f"# {_title(result)}",
         "Rendered by `python -m benchmarks report`. Median [lower quartile, upper "
-        "quartile]; ratios are of calls in the same round. Errors are relative to "
+        "quartile]; ratios are of calls in the same turn. Errors are relative to "
         "float64 on the same rounded logits.",
         f"{result['date']}. {environment}. {versions}.",
         inputs,
