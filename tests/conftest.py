@@ -1,7 +1,5 @@
 """Strict promotion, and eight CPU devices to split arrays over."""
 
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 import pytest
@@ -17,13 +15,24 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture
-def without_llvm_passes() -> Iterator[None]:
-    """Programs as XLA has fused them, without what LLVM does to each of their loops.
+# What is marked `without_llvm_passes` runs programs as XLA has fused them, without what
+# LLVM does to each of their loops: enough for a rule, a transformation or a split, in
+# two thirds of the time. Tests of digits and of policies run what users run.
 
-    For tests of a rule, a transformation or a split, in two thirds of the time. Those
-    of digits and of policies run what users run.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _is_without_llvm_passes(item):
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if _is_without_llvm_passes(item) and not _is_without_llvm_passes(nextitem):
+        jax.config.update("jax_disable_most_optimizations", False)
+        # JAX takes a program it has for the same, however it was compiled.
+        jax.clear_caches()
+
+
+def _is_without_llvm_passes(item: pytest.Item | None) -> bool:
+    return (
+        item is not None and item.get_closest_marker("without_llvm_passes") is not None
+    )

@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
 def results(module: str, function: str, cases: list[Any]) -> list[Any]:
     """What the function returns for each case, in a process of its own.
 
-    As `without_llvm_passes`, which change no memory.
+    As `without_llvm_passes`, which changes no memory.
     """
     code = f"import {module} as m; print([m.{function}(*c) for c in {cases}])"
     run = subprocess.run(

@@ -36,7 +36,7 @@ def make_inputs(batch: tuple[int, ...], where: str) -> Inputs:
     )
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("batch", "rows", "where"),
     [
@@ -236,7 +236,7 @@ def example_inputs(rng: np.random.Generator, batch: tuple[int, ...]) -> dict[str
     }
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("batch", "mapped", "equal", "blocked"),
     [
@@ -288,7 +288,7 @@ def test_vmap_makes_a_block_of_more_rows(
         close(got.smooth, want.smooth)
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 def test_vmap_of_vmap_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_logits, "_num_cpus", lambda: 1)
     monkeypatch.setattr(_logits, "_BLOCK_SIZE", 4 * 640)

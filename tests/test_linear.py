@@ -916,7 +916,7 @@ def tangents_of(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(rng.standard_normal(a.shape).astype(a.dtype) for a in arrays)
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", STRATEGIES[:-1])
 def test_gradients_match_differences_to_second_order(strategy: str) -> None:
     given = head((3, 2, 5), dtypes=("float64", "float64"))
@@ -930,7 +930,7 @@ def test_gradients_match_differences_to_second_order(strategy: str) -> None:
         check_grads(loss, (arrays,), 2, modes=("rev",), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("strategy", "local"),
     [
@@ -968,7 +968,7 @@ def test_hessian_vector_products_match_exact_differences(
             np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5, err_msg=way)
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
 def test_forward_mode_serves_jvp_linearize_and_jacfwd(strategy: str) -> None:
     given = head(SMALL)
@@ -994,7 +994,7 @@ def test_forward_mode_serves_jvp_linearize_and_jacfwd(strategy: str) -> None:
     )
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
 def test_forward_mode_serves_second_derivatives(strategy: str) -> None:
     given = head(SMALL)

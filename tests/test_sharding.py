@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxlosses as jl
 
-without_llvm_passes = pytest.mark.usefixtures("without_llvm_passes")
-
 B, V = 8, 24
 MESHES = [(8, 1), (1, 8), (2, 4)]
 
@@ -74,7 +72,7 @@ def loss(dense: bool, forward_mode: bool, axis_name: Any = None) -> Any:
     return with_options
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("forward_mode", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -102,7 +100,7 @@ def test_split_classes_give_the_loss_and_gradients_of_one_device(
     )
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_a_gradient_taken_inside_is_the_one_taken_outside(
     shape: tuple[int, int],
@@ -206,7 +204,7 @@ def put(mesh: jax.sharding.Mesh, array: Any, *spec: Any) -> jax.Array:
     return jax.device_put(array, jax.sharding.NamedSharding(mesh, P(*spec)))
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -247,7 +245,7 @@ def test_sharded_logits_are_reduced_where_they_are(
         assert collective.size <= examples
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("strategy", ALL)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -288,7 +286,7 @@ def test_sharded_head_moves_its_gradients_and_vectors_alone(
     assert kind == "Auto" or not any(collective.in_loop for collective in large)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("strategy", [*ALL, "auto"])
 def test_kernel_split_over_features_is_gathered_once(strategy: str, kind: str) -> None:
@@ -339,7 +337,7 @@ def check_head(
     np.testing.assert_allclose(d_kernel, flat[0].T @ flat[1], rtol=1e-4, atol=1e-7)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", ALL)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_head_split_by_hand_with_every_option(
@@ -404,7 +402,7 @@ def test_head_split_by_hand_with_every_option(
         np.testing.assert_allclose(gradient, exact[name], rtol=0, atol=3e-6 * size)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 def test_split_head_serves_forward_mode_second_derivatives_and_vmap() -> None:
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(4, FEATURES)).astype(np.float32)
@@ -518,7 +516,7 @@ def test_classes_that_do_not_divide_may_be_split_inside_jit() -> None:
     assert max(reduced) <= B
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 def test_split_logits_serve_forward_mode_second_derivatives_and_vmap() -> None:
     rng = np.random.default_rng(0)
     logits, direction = (rng.normal(size=(B, V)).astype(np.float32) for _ in range(2))

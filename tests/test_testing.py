@@ -55,7 +55,7 @@ def test_a_rule_of_the_right_gradient_passes() -> None:
     check_loss(with_gradient(lambda g: g))
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -86,7 +86,7 @@ def test_a_gradient_wrong_in_one_dtype_only_is_found() -> None:
     assert all(row.startswith("bfloat16") for row in rows)
 
 
-@pytest.mark.usefixtures("without_llvm_passes")
+@pytest.mark.without_llvm_passes
 def test_a_wrong_value_is_found_by_a_reference() -> None:
     def wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return integer(logits, labels) + 1e-3

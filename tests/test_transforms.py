@@ -15,8 +15,6 @@ from jax.test_util import check_grads
 
 import jaxlosses as jl
 
-without_llvm_passes = pytest.mark.usefixtures("without_llvm_passes")
-
 B, V = 4, 6
 IDS = np.array([0, 5, 2, 1], np.int32)
 EXISTS = np.array([[True, True, True, False, True, True]])
@@ -124,7 +122,7 @@ def assert_trees_close(actual: Any, expected: Any, **tolerance: float) -> None:
 # Differentiation
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @by_case
 def test_gradients_match_differences_to_second_order(kind: str, option: str) -> None:
     with jax.enable_x64(True):
@@ -134,7 +132,7 @@ def test_gradients_match_differences_to_second_order(kind: str, option: str) -> 
 
 
 # Option by option, forward mode is compared with reverse mode below.
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("option", ["none", "all"])
 def test_every_mix_of_modes_matches_differences_to_second_order(
@@ -173,7 +171,7 @@ def test_both_registrations_agree_to_two_units_in_the_last_place(
             np.testing.assert_allclose(reverse, forward, **REORDERED)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @REGISTRATIONS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["hessian", "reverse_over_reverse", "product"])
@@ -270,7 +268,7 @@ def test_reweighting_raises_the_examples_that_help_the_validation_loss() -> None
     np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-6)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @by_case
 def test_forward_mode_serves_jvp_jacfwd_and_linearize(kind: str, option: str) -> None:
     loss, arguments = problem(kind, option, forward_mode=True)
@@ -308,7 +306,7 @@ def test_jvp_without_forward_mode_is_an_error_of_jax(kind: str) -> None:
 # What is kept for the backward pass
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @REGISTRATIONS
 @by_case
 def test_backward_pass_keeps_only_the_inputs_and_a_number_per_example(
@@ -400,7 +398,7 @@ def test_bfloat16_logits_are_not_copied_to_float32_in_memory() -> None:
 # Transformations
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("option", ["none", "all, mean"])
 def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None:
@@ -410,7 +408,7 @@ def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None
     assert_trees_close(jax.jit(gradient)(arguments), gradient(arguments), **REORDERED)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @REGISTRATIONS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -452,7 +450,7 @@ MAPPED: dict[str, np.ndarray] = {
 }
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @REGISTRATIONS
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_over_one_argument_is_a_loop_over_it(
@@ -480,7 +478,7 @@ def test_vmap_over_one_argument_is_a_loop_over_it(
     assert_trees_close(batched, stacked, **REORDERED)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @REGISTRATIONS
 @pytest.mark.parametrize("kind", KINDS)
 def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
@@ -508,7 +506,7 @@ def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
     assert_trees_close(result, expected, **REORDERED)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @REGISTRATIONS
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
@@ -518,7 +516,7 @@ def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
     assert_trees_close(checkpointed, plain, **REORDERED)
 
 
-@without_llvm_passes
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_changes_no_second_derivative(kind: str) -> None:
     loss, arguments = problem(kind)
