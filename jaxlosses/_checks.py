@@ -3,8 +3,10 @@
 House format: *argument: what came, what was expected. The fix.*
 """
 
+import functools
 import math
 import numbers
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -49,24 +51,27 @@ def class_axes(axis: Any, ndim: int, *, allow_none: bool) -> Shape:
     """Class axes as non-negative ints, in the order given."""
     if axis is None and allow_none:
         return tuple(range(ndim))
-    entries = axis if isinstance(axis, tuple) else (axis,)
+    given = axis if isinstance(axis, tuple) else (axis,)
+    expected = "an int or a tuple of ints" + (", or None" if allow_none else "")
+    fix = "Pass axis=-1 where the classes are the last axis."
     _demand(
-        len(entries) > 0 and all(_is_int(a) for a in entries),
-        ValueError if axis is None or axis == () else TypeError,
+        axis is not None and len(given) > 0,
+        ValueError,
         "axis",
         repr(axis),
-        "an int or a tuple of ints" + (", or None" if allow_none else ""),
-        "Pass axis=-1 where the classes are the last axis.",
+        expected,
+        fix,
     )
+    entries = [_integer("axis", a, axis, expected, fix) for a in given]
     _demand(
         all(-ndim <= a < ndim for a in entries),
         ValueError,
         "axis",
         repr(axis),
         f"values from {-ndim} to {ndim - 1} for logits of {ndim} axes",
-        "Pass axis=-1 where the classes are the last axis.",
+        fix,
     )
-    axes = tuple(int(a) % ndim for a in entries)
+    axes = tuple(a % ndim for a in entries)
     _demand(
         len(set(axes)) == len(axes),
         ValueError,
@@ -83,28 +88,65 @@ def batch_shape(shape: Shape, axes: Shape) -> Shape:
     return tuple(n for i, n in enumerate(shape) if i not in axes)
 
 
-def integer_labels(x: Any, shape: Shape, axes: Shape) -> Array:
-    """Class ids, one per example."""
+def integer_labels(
+    x: Any, shape: Shape, axes: Shape, ignore_index: Any, *, fused: bool = False
+) -> tuple[Array, int | None]:
+    """Class ids, one per example, and the one that does not count.
+
+    Labels of 64 bits that JAX would wrap are narrowed here, which can change the
+    latter.
+    """
+    ignored = _ignore_index(ignore_index)
+    x, ignored = _narrowed(x, ignored)
     x = _array("labels", x)
-    is_integer("labels", x)
+    is_integer("labels", x, fused=fused)
     batch = batch_shape(shape, axes)
     fix = "Give one class id per example."
     if x.ndim == len(batch) + 1 and x.shape == (*batch, 1):
         fix = f"Drop the last axis: labels[{':, ' * len(batch)}0]."
+    elif x.shape == shape and fused:
+        fix = "For one-hot labels pass the class ids: labels.argmax(-1)."
     elif x.shape == shape:
         fix = "For one-hot labels call softmax_cross_entropy."
     _demand_shape("labels", x, batch, f"{batch} for logits of shape {shape}", fix)
-    return x
+    return x, ignored
 
 
-def is_integer(argument: str, x: Any) -> None:
+def _narrowed(x: Any, ignored: int | None) -> tuple[Any, int | None]:
+    """Labels that JAX would wrap to 32 bits; those that do not fit become invalid."""
+    wide = _as_numpy(x)
+    if not isinstance(wide, np.ndarray | np.integer) or not wide.dtype.isnative:
+        return x, ignored
+    if wide.dtype.kind not in "iu" or wide.dtype.itemsize < 8:
+        return x, ignored
+    if jax.dtypes.canonicalize_dtype(wide.dtype) == wide.dtype:
+        return x, ignored
+    most = np.iinfo(np.int32).max
+    ids = np.where((wide < 0) | (wide > most), -1, wide).astype(np.int32)
+    if ignored is None or 0 <= ignored <= most:
+        return ids, ignored
+    return np.where(wide == ignored, np.int32(-2), ids), -2
+
+
+def _as_numpy(x: Any) -> Any:
+    """Python numbers and lists of them as an array of as many bits as they need."""
+    if not isinstance(x, list | tuple | int):
+        return x
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError):  # traced, or ragged, for which `_array` has words
+        return x
+
+
+def is_integer(argument: str, x: Any, *, fused: bool = False) -> None:
     """Class ids, not numbers that look like them."""
-    fix = (
-        "For a distribution over classes call softmax_cross_entropy; class ids held "
-        f"as floats convert with {argument}.astype(jnp.int32)."
-    )
+    fix = f"class ids held as floats convert with {argument}.astype(jnp.int32)."
     if x.dtype == jnp.bool_:
         fix = f"For 0/1 labels convert with {argument}.astype(jnp.int32)."
+    elif not fused:
+        fix = f"For a distribution over classes call softmax_cross_entropy; {fix}"
+    else:
+        fix = f"Convert class ids: {argument}.astype(jnp.int32)."
     _demand(
         jnp.issubdtype(x.dtype, jnp.integer),
         TypeError,
@@ -115,7 +157,7 @@ def is_integer(argument: str, x: Any) -> None:
     )
 
 
-def dense_labels(x: Any, shape: Shape, axes: Shape) -> Array:
+def dense_labels(x: Any, shape: Shape, axes: Shape, *, fused: bool = False) -> Array:
     """A weight per class: the logits' rank, sizes equal, or 1 on a batch axis."""
     x = _array("labels", x)
     _demand(
@@ -128,8 +170,12 @@ def dense_labels(x: Any, shape: Shape, axes: Shape) -> Array:
     )
     batch = batch_shape(shape, axes)
     fix = "Give one weight per class and example."
-    if x.shape == batch and jnp.issubdtype(x.dtype, jnp.integer):
-        fix = "For class ids call softmax_cross_entropy_with_integer_labels."
+    if x.shape == batch and fused:
+        fix = "Convert class ids held as floats: labels.astype(jnp.int32)."
+    elif x.shape == batch:
+        fix = "For class ids call softmax_cross_entropy_with_integer_labels"
+        whole = jnp.issubdtype(x.dtype, jnp.integer)
+        fix += "." if whole else ", with labels.astype(jnp.int32)."
     elif x.shape == tuple(shape[i] for i in axes):
         fix = "Add batch axes of size 1 to share one distribution: labels[None, :]."
     allowed = [n if i in axes else {1, n} for i, n in enumerate(shape)]
@@ -142,15 +188,7 @@ def where(x: Any, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None
     """A mask, as `(classes of the logits' rank, examples of the batch's shape)`."""
     if x is None:
         return None, None
-    x = _array("where", x)
-    _demand(
-        x.dtype == jnp.bool_,
-        TypeError,
-        "where",
-        f"dtype {x.dtype}",
-        "bool",
-        "Compare it: mask != 0.",
-    )
+    x = _mask(x)
     batch = batch_shape(shape, axes)
     if x.ndim != len(shape) and x.shape == batch:
         return None, x
@@ -163,11 +201,34 @@ def where(x: Any, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None
     return jnp.broadcast_to(x, classes), None
 
 
+def _mask(x: Any) -> Array:
+    x = _array("where", x)
+    _demand(
+        x.dtype == jnp.bool_,
+        TypeError,
+        "where",
+        f"dtype {x.dtype}",
+        "bool",
+        "Compare it: mask != 0.",
+    )
+    return x
+
+
 def weights(x: Any, batch: Shape) -> Array | None:
-    """A weight per example."""
+    """A weight per example; what is not floating is converted."""
     if x is None:
         return None
-    x = _floating("weights", x)
+    x = _array("weights", x)
+    _demand(
+        _is_real(x.dtype),
+        TypeError,
+        "weights",
+        f"dtype {x.dtype}",
+        "a real dtype",
+        "Weights are numbers or flags, one per example: weights.astype(jnp.float32).",
+    )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.asarray(0.0).dtype)
     fix = "Give one weight per example, or a constant through jnp.full."
     if x.shape == (*batch, 1):
         fix = f"Drop the last axis: weights[{':, ' * len(batch)}0]."
@@ -224,23 +285,19 @@ def bias(x: Any, num_classes: int) -> Array | None:
     return x
 
 
-def class_mask(x: Any, num_classes: int) -> Array | None:
-    """Which classes exist, the same for all examples."""
+def fused_where(
+    x: Any, num_classes: int, batch: Shape
+) -> tuple[Array | None, Array | None]:
+    """A mask of the classes, which all examples share, or of the examples."""
     if x is None:
-        return None
-    x = _array("where", x)
-    _demand(
-        x.dtype == jnp.bool_,
-        TypeError,
-        "where",
-        f"dtype {x.dtype}",
-        "bool",
-        "Compare it: mask != 0.",
-    )
-    fix = "Mask examples with ignore_index, or with weights of 0."
-    expected = f"({num_classes},), one flag per class"
+        return None, None
+    x = _mask(x)
+    if x.shape != (num_classes,) and x.shape == batch:
+        return None, x
+    fix = "Give one flag per class, the same for all examples, or one per example."
+    expected = f"({num_classes},), one per class, or {batch}, one per example"
     _demand_shape("where", x, (num_classes,), expected, fix)
-    return x
+    return x, None
 
 
 def strategy(x: Any) -> str:
@@ -294,28 +351,23 @@ def workspace_bytes(x: Any) -> int | None:
     """Bytes that a chunk may take, or None."""
     if x is None:
         return None
+    fix = "Pass a number of bytes, such as 2**28."
+    number = _integer("workspace_bytes", x, x, "an int or None", fix)
     _demand(
-        _is_int(x),
-        TypeError,
-        "workspace_bytes",
-        repr(x),
-        "an int or None",
-        "Pass a number of bytes, such as 2**28.",
-    )
-    _demand(
-        x > 0,
+        number > 0,
         ValueError,
         "workspace_bytes",
         repr(x),
         "a number above 0, or None",
         "None takes the default of the platform.",
     )
-    return int(x)
+    return number
 
 
 def is_distribution(labels: Any) -> bool:
     """Whether labels are floating: a weight per class, not class ids."""
-    return bool(jnp.issubdtype(_array("labels", labels).dtype, jnp.floating))
+    labels = _array("labels", _as_numpy(_held(labels)))
+    return bool(jnp.issubdtype(labels.dtype, jnp.floating))
 
 
 def no_ignore_index(x: Any) -> None:
@@ -330,19 +382,12 @@ def no_ignore_index(x: Any) -> None:
     )
 
 
-def ignore_index(x: Any) -> int | None:
+def _ignore_index(x: Any) -> int | None:
     """A label that does not count."""
     if x is None:
         return None
-    _demand(
-        _is_int(x),
-        TypeError,
-        "ignore_index",
-        repr(x),
-        "an int or None",
-        "Pass the label itself, such as -100; mask several labels with weights.",
-    )
-    return int(x)
+    fix = "Pass the label itself, such as -100; mask several labels with weights."
+    return _integer("ignore_index", x, x, "an int or None", fix)
 
 
 def label_smoothing(x: Any) -> Any:
@@ -364,14 +409,14 @@ def logit_softcap(x: Any) -> float | None:
     """A positive constant, or None."""
     if x is None:
         return None
+    _demand_static("logit_softcap", x, "a Python number or None")
     _demand(
         _is_number(x),
         TypeError,
         "logit_softcap",
         _describe(x),
         "a Python number or None",
-        "The cap is part of the model and static; to vary the logits at run time, "
-        "use logit_scale.",
+        "To vary the logits at run time, use logit_scale.",
     )
     _demand(
         0 < x < math.inf,
@@ -422,6 +467,7 @@ def axis_name(x: Any) -> tuple[str, ...]:
 
 def flag(argument: str, x: Any) -> bool:
     """A Python bool."""
+    _demand_static(argument, x, "True or False")
     _demand(
         isinstance(x, bool | np.bool_),
         TypeError,
@@ -437,6 +483,29 @@ def has_own_messages(function: Function) -> Function:
     """Keeps run-time type checkers off a function that checks its arguments itself."""
     function.__no_type_check__ = True  # type: ignore[attr-defined]
     return function
+
+
+def names_forward_mode(function: Function) -> Function:
+    """Gives JAX's refusal of forward mode the name of the option that allows it.
+
+    Where JAX finds out as it lowers a program around the call, the text is its own.
+    """
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            if "to a custom_vjp function" not in str(error):
+                raise
+            message = (
+                "forward_mode: got False under jax.jvp, jax.jacfwd or jax.linearize, "
+                "expected True. Pass forward_mode=True; reverse mode (jax.grad, "
+                "jax.vjp) and forward over reverse (jax.hessian) need nothing."
+            )
+            raise TypeError(message) from error
+
+    return named  # type: ignore[return-value]
 
 
 def _demand(
@@ -462,15 +531,43 @@ def _demand_shape(argument: str, x: Array, shape: Any, expected: str, fix: str) 
         raise ValueError(message) from None
 
 
+def _demand_static(argument: str, x: Any, expected: str) -> None:
+    """What a loss is compiled for cannot be a value of the compiled function."""
+    _demand(
+        not isinstance(x, jax.Array),
+        TypeError,
+        argument,
+        _describe(x),
+        expected,
+        f"It is static. If jax.jit passes it, name it there, "
+        f'jax.jit(loss, static_argnames="{argument}"), or bind it before, '
+        f"functools.partial(loss, {argument}=...).",
+    )
+
+
 def _array(argument: str, x: Any) -> Array:
+    x = _held(x)
     try:
         return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
+        fix = "Pass a JAX or NumPy array."
+        dtype = getattr(x, "dtype", None)
+        if isinstance(dtype, np.dtype) and not dtype.isnative:
+            fix = (
+                "Its bytes are in the other order: convert them with "
+                f'{argument}.astype({argument}.dtype.newbyteorder("=")).'
+            )
         message = (
             f"{argument}: got {_describe(x)}, expected an array, or numbers that "
-            "jnp.asarray converts to one. Pass a JAX or NumPy array."
+            f"jnp.asarray converts to one. {fix}"
         )
         raise TypeError(message) from error
+
+
+def _held(x: Any) -> Any:
+    """The array that a variable of a model holds, or the argument itself."""
+    held = getattr(x, "__jax_array__", None)
+    return x if held is None or isinstance(x, type) else held()
 
 
 def _features(argument: str, x: Any, ndim: int, axes: str, shape: str) -> Array:
@@ -512,6 +609,7 @@ def _scalar(
     argument: str, x: Any, low: float, high: float, expected: str, drop: float = 0.0
 ) -> Any:
     """A scalar in `[low, high)`; a Python number equal to `drop` becomes None."""
+    x = _held(x)
     if _is_number(x):
         _demand(
             low <= x < high and math.isfinite(x),
@@ -533,8 +631,19 @@ def _scalar(
     return x
 
 
-def _is_int(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool | np.bool_)
+def _integer(argument: str, x: Any, given: Any, expected: str, fix: str) -> int:
+    """An int of Python, of NumPy, or of a JAX scalar whose value is known."""
+    x = _held(x)
+    if isinstance(x, jax.core.Tracer):
+        _demand_static(argument, x, expected)
+    try:
+        if isinstance(x, bool) or getattr(x, "dtype", None) == np.bool_:
+            raise TypeError
+        return operator.index(x)
+    except TypeError:
+        got = _describe(x) if hasattr(x, "dtype") and x.ndim else repr(given)
+        message = f"{argument}: got {got}, expected {expected}. {fix}"
+        raise TypeError(message) from None
 
 
 def _is_number(x: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 Reduction = Literal["none", "sum", "mean"]
@@ -16,8 +17,8 @@ Reduction = Literal["none", "sum", "mean"]
 class Stats(NamedTuple):
     """Metrics of each example, from the pass that computed the loss.
 
-    Not differentiated. An example that does not count (`ignore_index`, masked by
-    `where`) has zeros and `correct=False`.
+    Not differentiated. An example that does not count (`ignore_index`, weight 0,
+    masked by `where`) has zeros and `correct=False`.
 
     Attributes:
         lse: log-sum-exp of the logits after cap and scale, in nats.
@@ -58,9 +59,28 @@ class Example(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Scalars that weigh the terms; None stands for zero."""
+    """Scalars that weigh the terms; None stands for zero, or for a `main` of one.
+
+    Attributes:
+        label_smoothing: `α`.
+        z_loss: factor of `lse**2`.
+        main: factor of everything else.
+    """
 
     label_smoothing: Float[Array, ""] | None
+    z_loss: Float[Array, ""] | None
+    main: Float[Array, ""] | None = None
+
+
+class Masses(NamedTuple):
+    """What the two parts of a mean are divided by: sums over the examples that count.
+
+    Attributes:
+        nll: of `weights * w_y`.
+        z_loss: of `weights`; None where it is the same, or not wanted.
+    """
+
+    nll: Float[Array, ""]
     z_loss: Float[Array, ""] | None
 
 
@@ -68,56 +88,83 @@ def per_example(
     coefficients: Coefficients, terms: Terms, example: Example
 ) -> Float[Array, "*B"]:
     """Loss of each example, in nats, zero where it does not count."""
-    label_smoothing, z_loss = coefficients
-    if example.weights is not None:
-        # An example of weight zero does not count, whatever it holds; yet where its
-        # loss is finite, that loss is the derivative by the weight.
-        off = example.weights == 0
-        terms = jax.tree.map(lambda a: jnp.where(off & ~jnp.isfinite(a), 0, a), terms)
+    weights = example.weights
+    if weights is None:
+        return _unweighted(coefficients, terms, example)
+    # An example of weight zero does not count, whatever it holds; yet where its loss
+    # is finite, that loss is the derivative by the weight. What is not finite may
+    # first become so on the way, as the square of a large `lse`.
+    loss = lax.stop_gradient(_unweighted(coefficients, terms, example))
+    off = (weights == 0) & ~jnp.isfinite(loss)
+    terms, label_weights = jax.tree.map(
+        lambda a: jnp.where(off, 0, a), (terms, example.label_weights)
+    )
+    example = example._replace(label_weights=label_weights)
+    return weights * _unweighted(coefficients, terms, example)
+
+
+def _unweighted(
+    coefficients: Coefficients, terms: Terms, example: Example
+) -> Float[Array, "*B"]:
+    label_smoothing, z_loss, main = coefficients
     loss = terms.nll
     if example.label_weights is not None:
         loss = _weigh(example.label_weights, loss)
     if label_smoothing is not None and terms.smooth is not None:
         loss = (1 - label_smoothing) * loss + _weigh(label_smoothing, terms.smooth)
-    if z_loss is not None:
-        loss = loss + penalty(z_loss, terms.lse)
-    return loss if example.weights is None else example.weights * loss
+    if main is not None:
+        loss = _weigh(main, loss)
+    return loss if z_loss is None else loss + penalty(z_loss, terms.lse)
 
 
 def penalty(z_loss: Float[Array, ""], lse: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """The z-loss, which keeps the normalizer near one."""
-    return z_loss * jnp.square(lse)
+    """The z-loss, which keeps the normalizer near one; a factor of zero is none."""
+    beyond = (z_loss == 0) & jnp.isinf(jnp.square(lse))
+    return z_loss * jnp.square(jnp.where(beyond, 0, lse))
 
 
-def reduce(
-    reduction: Reduction, loss: Float[Array, "*B"], example: Example
-) -> Float[Array, "..."]:
-    """Reduces losses over examples; a mean over nothing is zero."""
-    if reduction == "none":
-        return loss
-    total = jnp.sum(loss)
-    if reduction == "sum":
-        return total
-    return mean_of(total, denominator(loss, example))
-
-
-def mean_of(total: Float[Array, ""], mass: Float[Array, ""]) -> Float[Array, ""]:
-    """A weighted mean from its numerator and denominator; zero over nothing."""
-    # A NaN is shown even where nothing weighs anything.
-    nothing = (mass == 0) & ~jnp.isnan(total)
-    return jnp.where(nothing, 0, total / jnp.where(mass == 0, 1, mass))
-
-
-def denominator(loss: Float[Array, "*B"], example: Example) -> Float[Array, ""]:
-    """What a mean divides by: the sum of the weights of the examples that count."""
-    mass = jnp.ones_like(loss)
+def masses(
+    coefficients: Coefficients, example: Example, like: Float[Array, "*B"]
+) -> Masses:
+    """Denominators of a mean; the arrays of the example may be of fewer examples."""
+    weights = jnp.ones_like(like)
     if example.weights is not None:
-        mass = mass * example.weights
-    if example.label_weights is not None:
-        mass = mass * example.label_weights
+        weights = weights * example.weights
     if example.counted is not None:
-        mass = jnp.where(example.counted, mass, 0)
-    return jnp.sum(mass)
+        weights = jnp.where(example.counted, weights, 0)
+    if example.label_weights is None:
+        return Masses(jnp.sum(weights), None)
+    apart = None if coefficients.z_loss is None else jnp.sum(weights)
+    return Masses(jnp.sum(weights * example.label_weights), apart)
+
+
+def for_mean(coefficients: Coefficients, masses: Masses | None) -> Coefficients:
+    """Coefficients with which a sum, divided by `masses.nll`, is the mean.
+
+    The z-loss is divided by a mass of its own. Where the labels have no mass, its
+    part alone is left.
+    """
+    if masses is None or masses.z_loss is None or coefficients.z_loss is None:
+        return coefficients
+    z_loss = coefficients.z_loss * _or_one(masses.nll) / _or_one(masses.z_loss)
+    return coefficients._replace(
+        z_loss=jnp.where(masses.z_loss == 0, 0, z_loss),
+        main=jnp.where(masses.nll == 0, 0, jnp.ones_like(z_loss)),
+    )
+
+
+def mean_of(total: Float[Array, ""], masses: Masses) -> Float[Array, ""]:
+    """A weighted mean from its numerator and denominators; zero over nothing."""
+    mean = total / _or_one(masses.nll)
+    if masses.z_loss is not None:
+        return mean
+    # A NaN is shown even where nothing weighs anything.
+    nothing = (masses.nll == 0) & ~jnp.isnan(total)
+    return jnp.where(nothing, 0, mean)
+
+
+def _or_one(mass: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(mass == 0, 1, mass)
 
 
 def _weigh(weight: Float[Array, "..."], loss: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine, _logits, _statistics
-from jaxlosses._combine import Coefficients, Example, Reduction, Stats, Terms
+from jaxlosses._combine import Coefficients, Example, Masses, Reduction, Stats, Terms
 from jaxlosses._statistics import Inputs, Spec
 
 
+@_checks.names_forward_mode
 @_checks.has_own_messages
 def softmax_cross_entropy(
     logits: ArrayLike,
@@ -59,13 +61,16 @@ def softmax_cross_entropy(
             becomes `(1 - α) q + α / V` over the classes that exist, each class
             weighted by its class weight.
         z_loss: a number of 0 or more, or a traced scalar: adds `z_loss * lse**2` to
-            each example, not class-weighted.
+            each example, not class-weighted, in a mean neither.
         logit_softcap: a number `c > 0` or None: `z <- c tanh(z / c)`, before anything
             else. Infinite logits stay infinite.
         logit_scale: a number or a traced scalar: `z <- logit_scale * z` after the
             cap, an inverse temperature.
-        weights: shape `B...`, floating: multiplies each example's loss and enters the
-            denominator of the mean. An example of weight 0 does not count.
+        weights: shape `B...`, floating, integer or bool: multiplies each example's loss
+            and enters the denominator of the mean; for weights of both signs take
+            `"sum"`, since theirs may be near 0. An example of weight 0 does not count,
+            whatever it holds; the derivative by its weight is its loss, where that is
+            finite.
         reduction: `"none"`, `"sum"`, or `"mean"`: `sum(weighted loss) / sum(weights)`
             over the examples that count. With nothing to count the mean is 0
             and its gradient 0.
@@ -126,7 +131,7 @@ def softmax_cross_entropy(
         axes,
         where,
         dense=True,
-        ignore_index=None,
+        ignored=None,
         class_weights=class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -140,6 +145,7 @@ def softmax_cross_entropy(
     )
 
 
+@_checks.names_forward_mode
 @_checks.has_own_messages
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike,
@@ -172,7 +178,9 @@ def softmax_cross_entropy_with_integer_labels(
     Args:
         logits: `B... V` in any axis order, float16, bfloat16, float32 or float64:
             unscaled scores.
-        labels: `B...`, any integer dtype: class ids from 0 to `V - 1`.
+        labels: `B...`, any integer dtype: class ids from 0 to `V - 1`. Those of 64
+            bits in a NumPy array are checked before JAX narrows them; `jax.jit` narrows
+            its arguments first.
         axis: class axis, or a tuple of axes: the classes are then the flattened axes,
             in the order given.
         where: bool. Of the logits' rank and broadcastable to them: the classes that
@@ -185,17 +193,20 @@ def softmax_cross_entropy_with_integer_labels(
             becomes `(1 - α) q + α / V` over the classes that exist, each class
             weighted by its class weight.
         z_loss: a number of 0 or more, or a traced scalar: adds `z_loss * lse**2` to
-            each example, not class-weighted.
+            each example, not class-weighted, in a mean neither.
         logit_softcap: a number `c > 0` or None: `z <- c tanh(z / c)`, before anything
             else. Infinite logits stay infinite.
         logit_scale: a number or a traced scalar: `z <- logit_scale * z` after the
             cap, an inverse temperature.
-        weights: shape `B...`, floating: multiplies each example's loss and enters the
-            denominator of the mean. An example of weight 0 does not count.
+        weights: shape `B...`, floating, integer or bool: multiplies each example's loss
+            and enters the denominator of the mean; for weights of both signs take
+            `"sum"`, since theirs may be near 0. An example of weight 0 does not count,
+            whatever it holds; the derivative by its weight is its loss, where that is
+            finite.
         reduction: `"none"`, `"sum"`, or `"mean"`: `sum(weighted loss) / sum(weights)`
             over the examples that count;
-            with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch. With nothing
-            to count the mean is 0 and its gradient 0.
+            with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch, and the z-loss
+            `/ sum(weights)`. With nothing to count the mean is 0 and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
             `where`. Labels are global ids, `class_weights` and `where` are the
@@ -251,14 +262,14 @@ def softmax_cross_entropy_with_integer_labels(
     """
     logits = _checks.logits(logits)
     axes = _checks.class_axes(axis, logits.ndim, allow_none=False)
-    labels = _checks.integer_labels(labels, logits.shape, axes)
+    labels, ignored = _checks.integer_labels(labels, logits.shape, axes, ignore_index)
     return _check_and_run(
         logits,
         labels,
         axes,
         where,
         dense=False,
-        ignore_index=ignore_index,
+        ignored=ignored,
         class_weights=class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -277,10 +288,11 @@ class Static:
     """Everything that a compiled loss is specialised for."""
 
     spec: Spec
-    ignore_index: int | None
+    ignored: int | None
     reduction: Reduction
     forward_mode: bool
     return_stats: bool
+    batch_axes: tuple[str, ...] = ()
 
 
 class Arrays(NamedTuple):
@@ -304,7 +316,7 @@ def _check_and_run(
     where: Any,
     *,
     dense: bool,
-    ignore_index: Any,
+    ignored: int | None,
     class_weights: Any,
     label_smoothing: Any,
     z_loss: Any,
@@ -335,7 +347,7 @@ def _check_and_run(
         dense=dense,
         smooth=arrays.label_smoothing is not None,
         lse=arrays.z_loss is not None,
-        ignore_index=ignore_index,
+        ignored=ignored,
         logit_softcap=logit_softcap,
         reduction=reduction,
         axis_name=axis_name,
@@ -351,7 +363,7 @@ def specialise(
     dense: bool,
     smooth: bool,
     lse: bool,
-    ignore_index: Any,
+    ignored: int | None,
     logit_softcap: Any,
     reduction: Any,
     axis_name: Any,
@@ -371,7 +383,7 @@ def specialise(
     )
     return Static(
         spec,
-        _checks.ignore_index(ignore_index),
+        ignored,
         _checks.reduction(reduction),
         _checks.flag("forward_mode", forward_mode),
         return_stats,
@@ -382,6 +394,7 @@ def specialise(
 def loss_on_logits(static: Static, arrays: Arrays) -> Any:
     spec = static.spec
     dtype = _statistics.accumulation_dtype(arrays.logits.dtype)
+    weights = optional(arrays.weights, dtype)
     counted = _counted(static, arrays)
     label_weights = None
     if spec.dense:
@@ -402,6 +415,12 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Any:
         class_weights,
         optional(arrays.logit_scale, dtype),
     )
+    if static.forward_mode and weights is not None:
+        # A forward rule is linear in what reaches it: it cannot let a NaN pass where
+        # an example counts and stop it where one does not.
+        off = jnp.expand_dims(weights == 0, spec.axes)
+        on = ~(off & _statistics.is_bad(spec, inputs))
+        inputs = inputs._replace(counted=_both(inputs.counted, on))
     statistics = _logits.statistics(spec, inputs, static.forward_mode)
     lse = _statistics.lse(spec, inputs, statistics)
     terms = jax.tree.map(
@@ -411,12 +430,46 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Any:
     coefficients = Coefficients(
         optional(arrays.label_smoothing, dtype), optional(arrays.z_loss, dtype)
     )
-    example = Example(counted, label_weights, optional(arrays.weights, dtype))
-    loss = _combine.per_example(coefficients, terms, example)
-    loss = _combine.reduce(static.reduction, loss, example)
+    example = Example(counted, label_weights, weights)
+    masses = masses_of(static, coefficients, example, terms.nll)
+    weighed = _combine.for_mean(coefficients, masses)
+    loss = _combine.per_example(weighed, terms, example)
+    loss = reduced(static, loss, masses)
     if not static.return_stats:
         return loss
-    return loss, stats(spec, inputs, statistics.predicted, terms, coefficients)
+    found = stats(spec, inputs, statistics.predicted, terms, coefficients, example)
+    return loss, found
+
+
+def masses_of(
+    static: Static,
+    coefficients: Coefficients,
+    example: Example,
+    like: Float[Array, "..."],
+) -> Masses | None:
+    """What a mean divides by, which is known before its logits; None for no mean."""
+    if static.reduction != "mean":
+        return None
+    masses = _combine.masses(coefficients, example, like)
+    return lax.psum(masses, static.batch_axes) if static.batch_axes else masses
+
+
+def reduced(
+    static: Static, loss: Float[Array, "..."], masses: Masses | None
+) -> Float[Array, "..."]:
+    """Losses of examples as the caller wants them."""
+    if static.reduction == "none":
+        return loss
+    return over_batch(static, jnp.sum(loss), masses)
+
+
+def over_batch(
+    static: Static, total: Float[Array, ""], masses: Masses | None
+) -> Float[Array, ""]:
+    """A sum, or a mean, over the examples of all devices."""
+    if static.batch_axes:
+        total = lax.psum(total, static.batch_axes)
+    return total if masses is None else _combine.mean_of(total, masses)
 
 
 def stats(
@@ -425,6 +478,7 @@ def stats(
     predicted: Any,
     terms: Terms,
     coefficients: Coefficients,
+    example: Example,
 ) -> Stats:
     """Metrics of each example, not differentiated."""
     inputs, terms, coefficients = lax.stop_gradient((inputs, terms, coefficients))
@@ -439,7 +493,11 @@ def stats(
     if inputs.counted is not None:
         correct &= inputs.counted
     predicted, correct = (jnp.squeeze(a, spec.axes) for a in (predicted, correct))
-    return Stats(terms.lse, nll, penalty, predicted, correct)
+    found = Stats(terms.lse, nll, penalty, predicted, correct)
+    if example.weights is None:
+        return found
+    on = example.weights != 0
+    return jax.tree.map(lambda a: jnp.where(on, a, jnp.zeros_like(a)), found)
 
 
 def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
@@ -459,12 +517,13 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
 
 def not_ignored(static: Static, labels: Array) -> list[Bool[Array, "..."]]:
     """The mask that `ignore_index` makes, if it makes one."""
-    if static.ignore_index is None:
+    if static.ignored is None:
         return []
     # A value that the labels' dtype cannot hold is no label.
     info = jnp.iinfo(labels.dtype)
-    held = info.min <= static.ignore_index <= info.max
-    return [labels != static.ignore_index] if held else []
+    if not info.min <= static.ignored <= info.max:
+        return []
+    return [labels != np.asarray(static.ignored).astype(labels.dtype)]
 
 
 def all_of(
@@ -516,6 +575,10 @@ def _along_classes(
     order = sorted(range(len(sizes)), key=lambda i: spec.axes[i])
     dims = [n if i in spec.axes else 1 for i, n in enumerate(shape)]
     return class_weights.reshape(sizes).transpose(order).reshape(dims)
+
+
+def _both(a: Array | None, b: Array) -> Array:
+    return b if a is None else a & b
 
 
 def optional(x: Any, dtype: Any) -> Array | None:

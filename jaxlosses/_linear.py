@@ -34,6 +34,7 @@ _FEW_EXAMPLES = 64
 _PIECES = 8
 
 
+@_checks.names_forward_mode
 @_checks.has_own_messages
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
@@ -78,7 +79,8 @@ def linear_softmax_cross_entropy(
         bias: shape `(V,)`, floating, or None.
         kernel_layout: `"dv"` for the kernel of a dense layer, `"vd"` for an embedding
             table that is tied to the output. Neither is transposed in memory.
-        where: bool of shape `(V,)`: the classes that exist.
+        where: bool. Of shape `(V,)`: the classes that exist. Of shape `B...`: the
+            examples that count; a shape that is both means classes.
         ignore_index: an int or None: an example with this label does not count. Its
             loss and gradient are exactly 0, even if its features are NaN.
         strategy: how to go through the logits.
@@ -106,18 +108,19 @@ def linear_softmax_cross_entropy(
             becomes `(1 - α) q + α / V` over the classes that exist, each class
             weighted by its class weight.
         z_loss: a number of 0 or more, or a traced scalar: adds `z_loss * lse**2` to
-            each example, not class-weighted.
+            each example, not class-weighted, in a mean neither.
         logit_softcap: a number `c > 0` or None: `z <- c tanh(z / c)`, before anything
             else.
         logit_scale: a number or a traced scalar: `z <- logit_scale * z` after the
             cap, an inverse temperature.
-        weights: shape `B...`, floating: multiplies each example's loss and enters the
-            denominator of the mean. An example of weight 0 is left out, as one with
-            `ignore_index` is: the derivative by its weight is 0.
+        weights: shape `B...`, floating, integer or bool: multiplies each example's loss
+            and enters the denominator of the mean; for weights of both signs take
+            `"sum"`, since theirs may be near 0. An example of weight 0 is left out, as
+            one with `ignore_index` is: the derivative by its weight is 0.
         reduction: `"none"`, `"sum"`, or `"mean"`: `sum(weighted loss) / sum(weights)`
             over the examples that count;
-            with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch. With nothing
-            to count the mean is 0 and its gradient 0.
+            with `class_weights`, `/ sum(weights * w_y)`, as in PyTorch, and the z-loss
+            `/ sum(weights)`. With nothing to count the mean is 0 and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
             `where`. Labels are global ids; `kernel`, `bias`, `class_weights` and
@@ -180,14 +183,16 @@ def linear_softmax_cross_entropy(
     shape, axes = (*batch, classes), (len(batch),)
     dense = _checks.is_distribution(labels)
     if dense:
-        labels = _checks.dense_labels(labels, shape, axes)
+        labels, ignored = _checks.dense_labels(labels, shape, axes, fused=True), None
         _checks.no_ignore_index(ignore_index)
     else:
-        labels = _checks.integer_labels(labels, shape, axes)
+        labels, ignored = _checks.integer_labels(
+            labels, shape, axes, ignore_index, fused=True
+        )
     arrays = _Arrays(
         Head(hidden, kernel, _checks.bias(bias, classes)),
         labels,
-        _checks.class_mask(where, classes),
+        *_checks.fused_where(where, classes, batch),
         _checks.class_weights(class_weights, classes),
         _checks.weights(weights, batch),
         _checks.label_smoothing(label_smoothing),
@@ -199,7 +204,7 @@ def linear_softmax_cross_entropy(
         dense=dense,
         smooth=arrays.label_smoothing is not None,
         lse=arrays.z_loss is not None,
-        ignore_index=ignore_index,
+        ignored=ignored,
         logit_softcap=logit_softcap,
         reduction=reduction,
         axis_name=axis_name,
@@ -228,6 +233,7 @@ class _Arrays(NamedTuple):
     head: Head
     labels: Array
     where: Bool[Array, " V"] | None
+    examples: Bool[Array, "*B"] | None
     class_weights: Float[Array, " V"] | None
     weights: Float[Array, "*B"] | None
     label_smoothing: float | Array | None
@@ -333,6 +339,7 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
         ),
         labels,
         every,
+        examples,
         every,
         examples,
         *(one,) * 3,
@@ -348,46 +355,20 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
     axis_name = (*on_logits.spec.axis_name, *split)
     spec = dataclasses.replace(on_logits.spec, axis_name=axis_name)
     reduction = on_logits.reduction
-    part = dataclasses.replace(
-        on_logits, spec=spec, reduction="none" if reduction == "none" else "sum"
-    )
-    part_static = dataclasses.replace(static, on_logits=part)
-
-    def run(arrays: _Arrays) -> tuple[Array, Any, Any]:
-        out = _run(part_static, arrays)
-        loss, stats = out if on_logits.return_stats else (out, None)
-        mass = _mass(part_static, arrays) if reduction == "mean" else None
-        if over and reduction != "none":
-            loss, mass = jax.lax.psum((loss, mass), tuple(over))
-        return loss, mass, stats
-
-    loss, mass, stats = jax.shard_map(
-        run,
+    part = dataclasses.replace(on_logits, spec=spec, batch_axes=tuple(over))
+    loss = examples if reduction == "none" else one
+    return jax.shard_map(
+        functools.partial(_run, dataclasses.replace(static, on_logits=part)),
         mesh=mesh,
         in_specs=(given,),
-        out_specs=(examples if reduction == "none" else one, one, examples),
+        out_specs=(loss, examples) if on_logits.return_stats else loss,
         axis_names=set(mesh.explicit_axes),
     )(arrays)
-    if mass is not None:
-        loss = _combine.mean_of(loss, mass)
-    return (loss, stats) if on_logits.return_stats else loss
 
 
 def _names(entry: Any) -> tuple[str, ...]:
     """Mesh axes of one entry of a partition."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-def _mass(static: _Fused, arrays: _Arrays) -> Array:
-    """What a mean divides by."""
-    dtype = _statistics.accumulation_dtype(_chunked.compute_dtype(arrays.head))
-    if static.on_logits.spec.dense:
-        weights = _cross_entropy.optional(arrays.weights, dtype)
-        example = Example(_counted(static, arrays), None, weights)
-    else:
-        _, example = _examples(static, arrays)
-    like = jnp.zeros(arrays.head.hidden.shape[:-1], dtype)
-    return _combine.denominator(like, example)
 
 
 def _run(static: _Fused, arrays: _Arrays) -> Any:
@@ -416,16 +397,20 @@ def _on_logits(static: _Fused, arrays: _Arrays) -> Any:
     """The loss on all logits at once."""
     on_logits = static.on_logits
     rule = _chunked.project if on_logits.forward_mode else _chunked.logits
-    where = arrays.where
+    where, masks = arrays.where, []
     if where is not None:
         where = where.reshape((1,) * (arrays.head.hidden.ndim - 1) + (-1,))
+    if arrays.examples is not None:
+        masks.append(arrays.examples)
+    if arrays.weights is not None:
+        masks.append(arrays.weights != 0)
     return _cross_entropy.loss_on_logits(
         on_logits,
         Arrays(
             rule(static.layout, arrays.head),
             arrays.labels,
             where,
-            None if arrays.weights is None else arrays.weights != 0,
+            _cross_entropy.all_of(masks, arrays.head.hidden.shape[:-1]),
             arrays.class_weights,
             arrays.weights,
             arrays.label_smoothing,
@@ -438,11 +423,14 @@ def _on_logits(static: _Fused, arrays: _Arrays) -> Any:
 def _flattened(arrays: _Arrays) -> _Arrays:
     """The same with one batch axis."""
     hidden = arrays.head.hidden
-    weights = arrays.weights
+    labels, examples, weights = jax.tree.map(
+        jnp.ravel, (arrays.labels, arrays.examples, arrays.weights)
+    )
     return arrays._replace(
         head=arrays.head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
-        labels=arrays.labels.ravel(),
-        weights=None if weights is None else weights.ravel(),
+        labels=labels,
+        examples=examples,
+        weights=weights,
     )
 
 
@@ -486,42 +474,43 @@ def _in_chunks(
     )
     scale = _cross_entropy.optional(arrays.logit_scale, dtype)
     class_weights = arrays.class_weights if spec.smooth else None
+    like = jnp.zeros(examples.labels.shape, dtype)
+    masses = _cross_entropy.masses_of(on_logits, coefficients, example, like)
+    weighed = _combine.for_mean(coefficients, masses)
 
     if strategy == "tokens":
         operands = Operands(
             head,
-            (class_weights, scale, coefficients),
+            (class_weights, scale, coefficients, weighed),
             (example.label_weights, example.weights),
             examples,
             arrays.where,
         )
         loss_of = functools.partial(_loss_of_chunk, on_logits)
         total, stats = _chunked.summed(plan, loss_of, operands)
-        if on_logits.reduction == "mean":
-            like = jnp.zeros(examples.labels.shape, dtype)
-            mass = _combine.denominator(like, example)
-            total = _combine.mean_of(total, mass)
-        return total, stats
+        return _cross_entropy.over_batch(on_logits, total, masses), stats
 
     product = Product(head, class_weights, scale, examples, arrays.where)
     way = Way(plan, strategy == "vocab", spec)
     statistics = _chunked.statistics(way, product, on_logits.forward_mode)
     inputs = _chunked.inputs_of(spec, None, product)
     statistics = jax.tree.map(lambda a: a[..., None], statistics)
-    loss, stats = _per_example(on_logits, statistics, inputs, coefficients, example)
-    return _combine.reduce(on_logits.reduction, loss, example), stats
+    loss, stats = _per_example(
+        on_logits, statistics, inputs, coefficients, weighed, example
+    )
+    return _cross_entropy.reduced(on_logits, loss, masses), stats
 
 
 def _loss_of_chunk(
     static: Static, z: Array, shared: Any, rows: Any, examples: Examples, exists: Any
 ) -> tuple[Array, Stats | None]:
     """Loss of each example of a chunk, from its logits."""
-    class_weights, scale, coefficients = shared
+    class_weights, scale, coefficients, weighed = shared
     product = Product(Head(None, None, None), class_weights, scale, examples, exists)
     inputs = _chunked.inputs_of(static.spec, z, product)
     statistics = _logits.statistics(static.spec, inputs)
     example = Example(examples.counted, *rows)
-    return _per_example(static, statistics, inputs, coefficients, example)
+    return _per_example(static, statistics, inputs, coefficients, weighed, example)
 
 
 def _per_example(
@@ -529,6 +518,7 @@ def _per_example(
     statistics: Statistics,
     inputs: Inputs,
     coefficients: Coefficients,
+    weighed: Coefficients,
     example: Example,
 ) -> tuple[Array, Stats | None]:
     """Loss of each example, and its metrics if they are wanted."""
@@ -537,17 +527,19 @@ def _per_example(
         lambda a: jnp.squeeze(a, -1),
         Terms(lse, statistics.nll, statistics.smooth),
     )
-    loss = _combine.per_example(coefficients, terms, example)
+    loss = _combine.per_example(weighed, terms, example)
     if not static.return_stats:
         return loss, None
     return loss, _cross_entropy.stats(
-        static.spec, inputs, statistics.predicted, terms, coefficients
+        static.spec, inputs, statistics.predicted, terms, coefficients, example
     )
 
 
 def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
     """Which examples count, or None for all of them."""
     masks = _cross_entropy.not_ignored(static.on_logits, arrays.labels)
+    if arrays.examples is not None:
+        masks.append(arrays.examples)
     if arrays.weights is not None:
         masks.append(arrays.weights != 0)
     if arrays.where is not None:

@@ -60,7 +60,7 @@ Give padding one label and pass it as ignore_index, or correct the data.
     if num_classes <= np.iinfo(labels.dtype).max:
         invalid |= labels >= num_classes
     if ignore_index is not None and _holds(labels.dtype, ignore_index):
-        invalid &= labels != ignore_index
+        invalid &= labels != np.asarray(ignore_index).astype(labels.dtype)
     if isinstance(labels, jax.core.Tracer):
         flat = invalid.reshape(-1)
         index = jnp.argmax(flat) if flat.size else 0

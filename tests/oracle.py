@@ -11,6 +11,9 @@ classes that exist:
     τ_c = (1-α) · w_c · q_c + α · w_c / n                  (q one-hot for ids)
     loss = Σ_c τ_c · (lse - z_c) + z_loss · lse²           (0 · inf = 0)
     ∂loss/∂z_j = Σ_{c≠j} τ_c · p_j - τ_j · (1 - p_j) + 2 · z_loss · lse · p_j
+
+A mean of weighted rows has a denominator for each of the two parts of the loss: with
+class ids, Σ weights · w_y for the first and Σ weights for the z-loss.
 """
 
 import math
@@ -46,8 +49,9 @@ def loss(
     """
     rows = _rows(logits, labels, axis, where, **options)
     if reduction == "none":
-        return rows.weighted.reshape(rows.layout.batch).astype(np.float64)
-    return np.float64(_reduce(rows, reduction)[0])
+        return rows.weighted.sum(0).reshape(rows.layout.batch).astype(np.float64)
+    value, inverse = _reduce(rows, reduction)
+    return np.float64((value * inverse).sum())
 
 
 @np.errstate(all="ignore")
@@ -71,13 +75,15 @@ def gradients(
     """
     rows = _rows(logits, labels, axis, where, **options)
     layout, counts = rows.layout, rows.counts
-    mean, inverse = _reduce(rows, reduction)
+    value, inverse = _reduce(rows, reduction)
     g = _longdouble(1.0 if cotangent is None else cotangent)
-    g = np.broadcast_to(g.ravel(), counts.shape) * inverse
+    g = np.broadcast_to(g.ravel(), counts.shape)
+    g, g_lse = g * inverse[0], g * inverse[1]
     g_row = np.where(counts, g * rows.weight, 0)[:, None]
-    lse_pull = 2 * rows.z_loss * rows.lse * rows.p
-    dz = rows.pull - rows.push + lse_pull
-    terms = rows.pull + rows.push + abs(lse_pull)
+    g_row_lse = np.where(counts, g_lse * rows.weight, 0)[:, None]
+    lse_pull = g_row_lse * 2 * rows.z_loss * rows.lse * rows.p
+    dz = g_row * (rows.pull - rows.push) + lse_pull
+    terms = abs(g_row) * (rows.pull + rows.push) + abs(lse_pull)
 
     def logits_like(d_rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
         return layout.unrows(np.where(counts[:, None] & kept, d_rows, 0))
@@ -87,9 +93,9 @@ def gradients(
 
     d_scale = np.where(rows.exists, _times(dz, rows.capped), 0)
     out = {
-        "logits": logits_like(g_row * dz * rows.slope, kept),
-        "logits_terms": logits_like(abs(g_row * rows.slope) * terms, kept),
-        "logit_scale": np.float64((d_scale.sum(-1) * g_row[:, 0])[counts].sum()),
+        "logits": logits_like(dz * rows.slope, kept),
+        "logits_terms": logits_like(abs(rows.slope) * terms, kept),
+        "logit_scale": np.float64(d_scale.sum(-1)[counts].sum()),
     }
     if not rows.ids_given:
         nll = _times((1 - rows.alpha) * rows.class_weights, rows.nll)
@@ -98,7 +104,7 @@ def gradients(
         stretched = [i for i, n in enumerate(shape) if n != d_labels.shape[i]]
         out["labels"] = d_labels.sum(tuple(stretched), keepdims=True)
     # The mean is N / W: d(N / W) = (dN - mean · dW) / W.
-    mean = mean if reduction == "mean" else 0.0
+    mean, mean_lse = value * inverse if reduction == "mean" else (0.0, 0.0)
     if options.get("class_weights") is not None:
         share = (1 - rows.alpha) * rows.q + rows.alpha * rows.uniform
         d_row = np.where(rows.bad[:, None], np.nan, _times(share, rows.nll))
@@ -107,8 +113,10 @@ def gradients(
         d_row = np.where(rows.exists, _times(g_row, d_row), 0)[counts]
         out["class_weights"] = d_row.sum(0).astype(np.float64)
     if options.get("weights") is not None:
-        d_row = np.where(rows.counted, rows.loss - mean * rows.denominator, 0)
-        out["weights"] = _times(g, d_row).reshape(layout.batch).astype(np.float64)
+        d_row = np.where(rows.counted, rows.loss[0] - mean * rows.denominator, 0)
+        d_lse = np.where(rows.counted, rows.loss[1] - mean_lse, 0)
+        d_row = _times(g, d_row) + _times(g_lse, d_lse)
+        out["weights"] = d_row.reshape(layout.batch).astype(np.float64)
     return out
 
 
@@ -278,28 +286,29 @@ def _rows(
 
     uniform = exists / np.maximum(exists.sum(-1, keepdims=True), 1).astype(z.dtype)
     tau = (1 - alpha) * w * q + alpha * w * uniform
-    row_loss = _times(tau, nll).sum(-1) + zeta * lse[:, 0] ** 2
-    row_loss = np.where(counted, np.where(bad, np.nan, row_loss), 0)
+    parts = np.stack([_times(tau, nll).sum(-1), zeta * lse[:, 0] ** 2])
+    parts = np.where(counted, np.where(bad, np.nan, parts), 0)
     counts = counted & (weight != 0)
     weighs_class = ids_given and class_weights is not None
     return SimpleNamespace(
         layout=layout, ids_given=ids_given, exists=exists, bad=bad, counted=counted,
         counts=counts, weight=weight, class_weights=w, q=q, uniform=uniform,
         alpha=alpha, z_loss=zeta, p=p, nll=nll, lse=lse, slope=slope, capped=capped,
-        loss=row_loss, pull=_sum_of_others(tau) * p, push=tau * not_p,
-        weighted=np.where(counts, weight * row_loss, 0),
+        loss=parts, pull=_sum_of_others(tau) * p, push=tau * not_p,
+        weighted=np.where(counts, weight * parts, 0),
         denominator=(w * q).sum(-1) if weighs_class else np.ones_like(weight),
     )  # fmt: skip
 
 
 def _reduce(rows: SimpleNamespace, reduction: str) -> tuple[Any, Any]:
-    """The reduced loss, and what each weighted row contributes to it."""
+    """Sums of both parts of the loss, and what each weighted row of them counts."""
+    value = rows.weighted.sum(-1)
     if reduction != "mean":
         assert reduction in ("none", "sum"), reduction
-        return rows.weighted.sum(), 1
-    total = (rows.weight * rows.denominator)[rows.counts].sum()
-    inverse = 1 / total if total else 0 * total
-    return rows.weighted.sum() * inverse, inverse
+        return value, np.ones(2, np.longdouble)
+    mass = np.stack([rows.weight * rows.denominator, rows.weight])[:, rows.counts]
+    mass = mass.sum(-1)
+    return value, np.where(mass == 0, 0, 1 / np.where(mass == 0, 1, mass))
 
 
 def _mpf(x: Any) -> mp.mpf:

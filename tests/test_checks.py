@@ -4,6 +4,7 @@ One row per mistake. Each message is checked on a call with arrays, and once mor
 with everything that is an array traced, which shows that it is raised before running.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -50,9 +51,10 @@ MASK_SHAPES = "(4, 6) or broadcastable to it with the same rank, or (4,)"
 SMOOTHING = "a number from 0 to 1, 1 excluded"
 ONE_NUMBER = "Pass one number for all examples."
 NO_CAP = "a finite number above 0, or None. Pass None for no cap."
-STATIC_CAP = (
-    "a Python number or None. The cap is part of the model and static; to vary the "
-    "logits at run time, use logit_scale."
+STATIC = (
+    "It is static. If jax.jit passes it, name it there, "
+    'jax.jit(loss, static_argnames="{0}"), or bind it before, '
+    "functools.partial(loss, {0}=...)."
 )
 ONE_EXAMPLE = "one per example. Give one weight per example"
 IGNORE = (
@@ -436,13 +438,14 @@ MISTAKES = {
         {"logit_softcap": jnp.full((), 30.0)},
         TypeError,
         "logit_softcap: got an array of shape () and dtype float32, expected "
-        + STATIC_CAP,
+        "a Python number or None. " + STATIC.format("logit_softcap"),
     ),
     "logit_softcap as a bool": Mistake(
         dense,
         {"logit_softcap": True},
         TypeError,
-        f"logit_softcap: got True of type bool, expected {STATIC_CAP}",
+        "logit_softcap: got True of type bool, expected a Python number or None. To "
+        "vary the logits at run time, use logit_scale.",
     ),
     # logit_scale
     "logit_scale of NaN": Mistake(
@@ -486,19 +489,12 @@ MISTAKES = {
         "weights: got shape (4, 1), expected (4,), one per example. Drop the last "
         "axis: weights[:, 0].",
     ),
-    "weights of integers": Mistake(
+    "complex weights": Mistake(
         dense,
-        {"weights": zeros((B,), jnp.int32)},
+        {"weights": zeros((B,), jnp.complex64)},
         TypeError,
-        "weights: got dtype int32, expected a floating dtype. Convert it: "
-        "weights.astype(jnp.float32).",
-    ),
-    "weights of booleans": Mistake(
-        integer,
-        {"weights": zeros((B,), jnp.bool_)},
-        TypeError,
-        "weights: got dtype bool, expected a floating dtype. Convert it: "
-        "weights.astype(jnp.float32).",
+        "weights: got dtype complex64, expected a real dtype. Weights are numbers or "
+        "flags, one per example: weights.astype(jnp.float32).",
     ),
     # the rest
     "axis_name as a number": Mistake(
@@ -526,7 +522,8 @@ MISTAKES = {
         dense,
         {"forward_mode": jnp.full((), True)},
         TypeError,
-        "forward_mode: got an array of shape () and dtype bool, expected " + FLAG,
+        "forward_mode: got an array of shape () and dtype bool, expected True or "
+        "False. " + STATIC.format("forward_mode"),
     ),
     "return_stats None": Mistake(
         integer,
@@ -630,9 +627,67 @@ def test_message_does_not_print_a_whole_array() -> None:
     assert len(message) < 300
 
 
-def test_traced_ignore_index_is_told_that_it_is_static() -> None:
-    with pytest.raises(TypeError, match=r"ignore_index: got .*, expected an int or"):
-        jax.jit(lambda i: integer(LOGITS, IDS, ignore_index=i))(3)
+JITTED: dict[str, tuple[Any, Any, str]] = {
+    "axis": (-1, "int32", "an int or a tuple of ints"),
+    "ignore_index": (-100, "int32", "an int or None"),
+    "logit_softcap": (30.0, "float32", "a Python number or None"),
+    "forward_mode": (True, "bool", "True or False"),
+    "return_stats": (True, "bool", "True or False"),
+    "workspace_bytes": (2**20, "int32", "an int or None"),
+}
+
+
+@pytest.mark.parametrize("argument", JITTED)
+def test_what_jit_traces_is_told_that_it_is_static_and_how_to_keep_it_so(
+    argument: str,
+) -> None:
+    value, dtype, expected = JITTED[argument]
+    loss: Any = integer
+    given: tuple[Any, ...] = (LOGITS, IDS)
+    if argument == "workspace_bytes":
+        loss, given = jl.linear_softmax_cross_entropy, (LOGITS, zeros((V, V)), IDS)
+    with pytest.raises(TypeError) as raised:
+        jax.jit(loss)(*given, **{argument: value})
+    assert str(raised.value) == (
+        f"{argument}: got an array of shape () and dtype {dtype}, expected {expected}. "
+        + STATIC.format(argument)
+    )
+    # Each of the two ways that the message names.
+    named = jax.jit(loss, static_argnames=argument)(*given, **{argument: value})
+    bound = jax.jit(functools.partial(loss, **{argument: value}))(*given)
+    jax.tree.map(np.testing.assert_array_equal, named, bound)
+
+
+def test_an_axis_that_jit_traces_by_position_is_told_so_too() -> None:
+    with pytest.raises(TypeError, match=r"^axis: got an array of shape \(\) and dtype"):
+        jax.jit(dense)(LOGITS, DISTRIBUTIONS, -1)
+    jitted = jax.jit(dense, static_argnames="axis")
+    np.testing.assert_array_equal(
+        jitted(LOGITS, DISTRIBUTIONS, -1), dense(LOGITS, DISTRIBUTIONS)
+    )
+
+
+@pytest.mark.parametrize("argument", ["labels", "logits", "weights", "class_weights"])
+def test_bytes_in_the_other_order_are_told_how_to_turn(argument: str) -> None:
+    given: dict[str, Any] = {
+        "logits": np.zeros((B, V), np.float32),
+        "labels": np.zeros(B, np.int32),
+        "weights": np.ones(B, np.float32),
+        "class_weights": np.ones(V, np.float32),
+    }
+    native = given[argument]
+    turned = native.astype(native.dtype.newbyteorder("S"))
+    with pytest.raises(TypeError) as raised:
+        integer(**given | {argument: turned})
+    fix = f'{argument}.astype({argument}.dtype.newbyteorder("="))'
+    assert str(raised.value).startswith(f"{argument}: got an array of shape ")
+    assert str(raised.value).endswith(
+        f"Its bytes are in the other order: convert them with {fix}."
+    )
+    mended = turned.astype(turned.dtype.newbyteorder("="))
+    np.testing.assert_array_equal(
+        integer(**given | {argument: mended}), integer(**given)
+    )
 
 
 # A fix that does not fit is worse than none.

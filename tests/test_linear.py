@@ -730,14 +730,27 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "where with a batch axis": (
         {"where": zeros(1, 6, dtype=jnp.bool_)},
         ValueError,
-        "where: got shape (1, 6), expected (6,), one flag per class. Mask examples "
-        "with ignore_index, or with weights of 0.",
+        "where: got shape (1, 6), expected (6,), one per class, or (4,), one per "
+        "example. Give one flag per class, the same for all examples, or one per "
+        "example.",
     ),
-    "where of the batch": (
-        {"where": zeros(4, dtype=jnp.bool_)},
+    "one-hot labels of integers": (
+        {"labels": zeros(4, 6, dtype=jnp.int32)},
         ValueError,
-        "where: got shape (4,), expected (6,), one flag per class. Mask examples "
-        "with ignore_index, or with weights of 0.",
+        f"labels: got shape (4, 6), expected (4,) {OF_LOGITS} For one-hot labels pass "
+        "the class ids: labels.argmax(-1).",
+    ),
+    "class ids as floats": (
+        {"labels": zeros(4)},
+        ValueError,
+        f"labels: got shape (4,), expected (4, 6), or 1 on a batch axis, {OF_LOGITS} "
+        "Convert class ids held as floats: labels.astype(jnp.int32).",
+    ),
+    "complex labels": (
+        {"labels": zeros(4, dtype=jnp.complex64)},
+        TypeError,
+        "labels: got dtype complex64, expected an integer dtype (class ids). Convert "
+        "class ids: labels.astype(jnp.int32).",
     ),
     "labels with an axis of one": (
         {"labels": zeros(4, 1, dtype=jnp.int32)},
