@@ -418,8 +418,9 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Any:
     if static.forward_mode and weights is not None:
         # A forward rule is linear in what reaches it: it cannot let a NaN pass where
         # an example counts and stop it where one does not.
-        off = jnp.expand_dims(weights == 0, spec.axes)
-        on = ~(off & _statistics.is_bad(spec, inputs))
+        plain = _logits.statistics(spec, lax.stop_gradient(inputs))
+        fine = jnp.isfinite(plain.nll) & jnp.isfinite(plain.spread)
+        on = fine | jnp.expand_dims(weights != 0, spec.axes)
         inputs = inputs._replace(counted=_both(inputs.counted, on))
     statistics = _logits.statistics(spec, inputs, static.forward_mode)
     lse = _statistics.lse(spec, inputs, statistics)

@@ -137,20 +137,6 @@ def accumulation_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def is_bad(spec: Spec, inputs: Inputs) -> Mask:
-    """Whether an example may have a number that is not finite on the way to its loss.
-
-    That is one with a label that cannot be, or with a logit whose square is infinite.
-    """
-    dtype = accumulation_dtype(inputs.logits.dtype)
-    most = math.sqrt(jnp.finfo(dtype).max)
-    fits = jnp.abs(_where(inputs.where, inputs.logits.astype(dtype))) < most
-    if not spec.dense:
-        return any_class(spec, ~fits) | ~_has_label(spec, inputs)
-    labels = _where(inputs.where, inputs.labels.astype(dtype))
-    return any_class(spec, ~(fits & jnp.isfinite(labels)))
-
-
 def normalize(spec: Spec, inputs: Inputs) -> tuple[Values, Values, Values]:
     """What turns logits into probabilities: `log p = gap - spread`.
 
