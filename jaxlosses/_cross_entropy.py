@@ -71,7 +71,9 @@ def softmax_cross_entropy(
             and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
-            `where`. `class_weights` and `where` are the local part.
+            `where`. `class_weights` and `where` are the local part. With
+            `check_vma=False`, in `pmap` and for the axis of a `vmap` no gradient
+            could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -199,7 +201,8 @@ def softmax_cross_entropy_with_integer_labels(
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
             `where`. Labels are global ids, `class_weights` and `where` are the
-            local part.
+            local part. With `check_vma=False`, in `pmap` and for the axis of a `vmap`
+            no gradient could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -342,6 +345,7 @@ def _check_and_run(
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
+    _checks.split_over(static.spec.axis_name, "logits", logits)
     return loss_on_logits(static, arrays)
 
 

@@ -121,7 +121,8 @@ def linear_softmax_cross_entropy(
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
             `where`. Labels are global ids; `kernel`, `bias`, `class_weights` and
-            `where` are the local part.
+            `where` are the local part. With `check_vma=False`, in `pmap` and for the
+            axis of a `vmap` no gradient could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -206,6 +207,7 @@ def linear_softmax_cross_entropy(
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
+    _checks.split_over(on_logits.spec.axis_name, "kernel", kernel)
     asked = _checks.strategy(strategy)
     _checks.suits(asked, on_logits.reduction, dense, on_logits.forward_mode)
     workspace = _checks.workspace_bytes(workspace_bytes)
