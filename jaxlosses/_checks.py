@@ -444,25 +444,86 @@ def reduction(x: Any) -> Any:
 
 def axis_name(x: Any) -> tuple[str, ...]:
     """Mesh axes over which the classes are split; () for none."""
+    return _mesh_axes("axis_name", x, "classes", "model")
+
+
+def _mesh_axes(argument: str, x: Any, what: str, example: str) -> tuple[str, ...]:
+    """Mesh axes of a `shard_map` over which something is split; () for none."""
     names = x if isinstance(x, tuple) else () if x is None else (x,)
     _demand(
         all(isinstance(name, str) for name in names),
         TypeError,
-        "axis_name",
+        argument,
         repr(x),
         "a mesh axis name, a tuple of them, or None",
-        'Name the axis that splits the classes inside shard_map: axis_name="model".',
+        f"Name the axis that splits the {what} inside shard_map: "
+        f'{argument}="{example}".',
     )
+    _demand(
+        len(set(names)) == len(names),
+        ValueError,
+        argument,
+        repr(x),
+        "each mesh axis once",
+        "Drop the repeated name.",
+    )
+    expected = "a mesh axis of an enclosing shard_map"
     for name in names:
         try:
-            jax.lax.axis_size(name)
+            index = jax.lax.axis_index(name)
         except NameError:
             message = (
-                f"axis_name: got {x!r}, expected a mesh axis of an enclosing "
-                "shard_map. Outside of shard_map, shard the logits and pass None."
+                f"{argument}: got {x!r}, expected {expected}. Outside of shard_map, "
+                "shard the arrays and pass None."
             )
             raise ValueError(message) from None
+        # What is not tracked as varying between devices is summed over them by JAX as
+        # though it were split: a gradient taken outside would be divided by their
+        # number, or multiplied if taken inside, and no rule can tell which it is.
+        if name in _varying_axes(index):
+            continue
+        manual = name in jax.sharding.get_abstract_mesh().manual_axes
+        _demand(
+            not manual,
+            ValueError,
+            argument,
+            f"{x!r}, where {name!r} is an axis of pmap or of a shard_map with "
+            "check_vma=False",
+            f"{expected} with check_vma=True",
+            "The gradient could not be right. Leave out check_vma=False; in place of "
+            f"pmap use jax.shard_map, or drop {argument} and let jax.jit split the "
+            f"{what}.",
+        )
+        _demand(
+            manual,
+            ValueError,
+            argument,
+            f"{x!r}, where {name!r} is the axis of a vmap",
+            expected,
+            "The gradient could not be right. In place of vmap use jax.shard_map, or "
+            f"drop {argument} and let jax.jit split the {what}.",
+        )
     return names
+
+
+def split_over(names: tuple[str, ...], argument: str, x: Array) -> None:
+    """Scores that are not known to be the same wherever their classes are split."""
+    for name in names:
+        _demand(
+            name in _varying_axes(x) or jax.lax.axis_size(name) == 1,
+            ValueError,
+            "axis_name",
+            f"{name!r}, over which {argument} is the same everywhere",
+            f"a mesh axis that splits the classes of {argument}",
+            "Name it in the in_specs of shard_map, and leave check_vma=False out of "
+            "every shard_map around; parts that are meant to be the same are marked "
+            f'by jax.lax.pcast({argument}, {name!r}, to="varying").',
+        )
+
+
+def _varying_axes(x: Array) -> frozenset[str]:
+    manual = jax.typeof(x).manual_axis_type
+    return frozenset() if manual is None else manual.varying
 
 
 def flag(argument: str, x: Any) -> bool:

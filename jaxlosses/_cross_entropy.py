@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from jaxlosses import _checks, _combine, _logits, _statistics
+from jaxlosses import _checks, _combine, _logits, _sharding, _statistics
 from jaxlosses._combine import Coefficients, Example, Masses, Reduction, Stats, Terms
 from jaxlosses._statistics import Inputs, Spec
 
@@ -76,7 +76,9 @@ def softmax_cross_entropy(
             and its gradient 0.
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
-            `where`. `class_weights` and `where` are the local part.
+            `where`. `class_weights` and `where` are the local part. With
+            `check_vma=False`, in `pmap` and for the axis of a `vmap` no gradient
+            could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -210,7 +212,8 @@ def softmax_cross_entropy_with_integer_labels(
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
             `where`. Labels are global ids, `class_weights` and `where` are the
-            local part.
+            local part. With `check_vma=False`, in `pmap` and for the axis of a `vmap`
+            no gradient could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -354,6 +357,7 @@ def _check_and_run(
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
+    _checks.split_over(static.spec.axis_name, "logits", logits)
     return loss_on_logits(static, arrays)
 
 
@@ -393,6 +397,9 @@ def specialise(
 @functools.partial(jax.jit, static_argnums=0)
 def loss_on_logits(static: Static, arrays: Arrays) -> Any:
     spec = static.spec
+    mesh = _sharding.explicit_mesh(arrays)
+    if mesh is not None:
+        arrays = _split_alike(spec, arrays, mesh)
     dtype = _statistics.accumulation_dtype(arrays.logits.dtype)
     weights = optional(arrays.weights, dtype)
     counted = _counted(static, arrays)
@@ -406,7 +413,7 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Any:
             label_weights = weights_of_labels(spec, arrays.class_weights, ids, dtype)
     class_weights = None
     if arrays.class_weights is not None and (spec.dense or spec.smooth):
-        class_weights = _along_classes(spec, arrays.class_weights, arrays.logits.shape)
+        class_weights = _along_classes(spec, arrays.class_weights, arrays.logits)
     inputs = Inputs(
         arrays.logits,
         labels,
@@ -471,6 +478,25 @@ def over_batch(
     if static.batch_axes:
         total = lax.psum(total, static.batch_axes)
     return total if masses is None else _combine.mean_of(total, masses)
+
+
+def _split_alike(spec: Spec, arrays: Arrays, mesh: Any) -> Arrays:
+    """On a mesh of explicit axes: what belongs to the logits, split as they are."""
+    logits = _sharding.split_of(arrays.logits)
+    batch = tuple(a for i, a in enumerate(logits) if i not in spec.axes)
+    filled: Any = arrays._replace
+    splits = filled(
+        logits=logits,
+        labels=logits if spec.dense else batch,
+        where=logits,
+        examples=batch,
+        class_weights=(None,),
+        weights=batch,
+        label_smoothing=(),
+        z_loss=(),
+        logit_scale=(),
+    )
+    return _sharding.reshard(mesh, arrays, splits)
 
 
 def stats(
@@ -563,19 +589,22 @@ def weights_of_labels(
     if spec.axis_name:
         local = ids - class_weights.size * lax.axis_index(spec.axis_name)
     here = (local >= 0) & (local < class_weights.size)
-    found = class_weights.astype(dtype)[jnp.where(here, local, 0)]
+    at = class_weights.astype(dtype).at[jnp.where(here, local, 0)]
+    found = at.get(out_sharding=_sharding.as_ids(ids))
     found = jnp.where(here, found, 0)
     return lax.psum(found, spec.axis_name) if spec.axis_name else found
 
 
 def _along_classes(
-    spec: Spec, class_weights: Float[Array, " V"], shape: tuple[int, ...]
+    spec: Spec, class_weights: Float[Array, " V"], logits: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """The vector laid along the class axes, of the logits' rank."""
+    shape = logits.shape
     sizes = [shape[axis] for axis in spec.axes]
     order = sorted(range(len(sizes)), key=lambda i: spec.axes[i])
     dims = [n if i in spec.axes else 1 for i, n in enumerate(shape)]
-    return class_weights.reshape(sizes).transpose(order).reshape(dims)
+    laid = class_weights.reshape(sizes).transpose(order).reshape(dims)
+    return _sharding.split_like(laid, logits)
 
 
 def _both(a: Array | None, b: Array) -> Array:

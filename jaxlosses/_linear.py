@@ -16,6 +16,7 @@ from jaxlosses import (
     _combine,
     _cross_entropy,
     _logits,
+    _sharding,
     _statistics,
 )
 from jaxlosses._chunked import Examples, Head, Operands, Plan, Product, Way
@@ -124,7 +125,8 @@ def linear_softmax_cross_entropy(
         axis_name: inside `shard_map`, the mesh axis or axes over which the classes
             are split, equally: fill up classes that do not divide, and mask them with
             `where`. Labels are global ids; `kernel`, `bias`, `class_weights` and
-            `where` are the local part.
+            `where` are the local part. With `check_vma=False`, in `pmap` and for the
+            axis of a `vmap` no gradient could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
         return_stats: also return `Stats(lse, nll, z_loss, predicted, correct)`, each
@@ -211,6 +213,7 @@ def linear_softmax_cross_entropy(
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
+    _checks.split_over(on_logits.spec.axis_name, "kernel", kernel)
     asked = _checks.strategy(strategy)
     _checks.suits(asked, on_logits.reduction, dense, on_logits.forward_mode)
     workspace = _checks.workspace_bytes(workspace_bytes)
@@ -302,10 +305,8 @@ def _is_local() -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(static: _Fused, arrays: _Arrays) -> Any:
-    mesh: Any = jax.typeof(arrays.head.hidden).sharding.mesh
-    if mesh.empty or not mesh.explicit_axes:
-        return _run(static, arrays)
-    return _by_hand(static, arrays, mesh)
+    mesh = _sharding.explicit_mesh(arrays)
+    return _run(static, arrays) if mesh is None else _by_hand(static, arrays, mesh)
 
 
 def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
@@ -315,60 +316,38 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Any) -> Any:
     has them; features are gathered.
     """
     hidden, kernel, _ = arrays.head
-    layout, on_logits = static.layout, static.on_logits
-    batch = tuple(jax.typeof(hidden).sharding.spec)[:-1]
-    batch += (None,) * (hidden.ndim - 1 - len(batch))
-    over = [name for entry in batch for name in _names(entry)]
-    entries: Any = (*jax.typeof(kernel).sharding.spec, None, None)
-    split = _names(entries[1 if layout == "dv" else 0])
+    on_logits = static.on_logits
+    batch = _sharding.split_of(hidden)[:-1]
+    over = tuple(name for entry in batch for name in _sharding.names(entry))
+    split = _sharding.names(_sharding.split_of(kernel)[static.layout == "dv"])
     split = tuple(name for name in split if name not in over)
-    classes = split or None
-    examples: Any = P(*batch)
-    one: Any = P()
-    every: Any = P(classes)
-    labels = examples
-    if on_logits.spec.dense:  # of size 1 on an axis along which they are shared
-        sizes = arrays.labels.shape
-        shared = (None if n == 1 else a for n, a in zip(sizes, batch, strict=False))
-        labels = P(*shared, classes)
-    specs = _Arrays(
-        Head(
-            P(*batch, None),
-            P(None, classes) if layout == "dv" else P(classes, None),
-            every,
+    every: Any = (split or None,)
+    filled: Any = arrays._replace
+    # A distribution has the classes as well.
+    splits = filled(
+        head=Head(
+            hidden=(*batch, None),
+            kernel=(None, *every) if static.layout == "dv" else (*every, None),
+            bias=every,
         ),
-        labels,
-        every,
-        examples,
-        every,
-        examples,
-        *(one,) * 3,
+        labels=(*batch, *every) if on_logits.spec.dense else batch,
+        where=every,
+        examples=batch,
+        class_weights=every,
+        weights=batch,
+        label_smoothing=(),
+        z_loss=(),
+        logit_scale=(),
     )
-    given = jax.tree.map(
-        lambda x, spec: None if x is None else spec,
-        arrays,
-        specs,
-        is_leaf=lambda x: x is None,
-    )
-    arrays = jax.tree.map(jax.sharding.reshard, arrays, given)
     # Inside a `shard_map` over other axes, the caller may have split the classes.
     axis_name = (*on_logits.spec.axis_name, *split)
     spec = dataclasses.replace(on_logits.spec, axis_name=axis_name)
     reduction = on_logits.reduction
-    part = dataclasses.replace(on_logits, spec=spec, batch_axes=tuple(over))
-    loss = examples if reduction == "none" else one
-    return jax.shard_map(
-        functools.partial(_run, dataclasses.replace(static, on_logits=part)),
-        mesh=mesh,
-        in_specs=(given,),
-        out_specs=(loss, examples) if on_logits.return_stats else loss,
-        axis_names=set(mesh.explicit_axes),
-    )(arrays)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """Mesh axes of one entry of a partition."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    part = dataclasses.replace(on_logits, spec=spec, batch_axes=over)
+    run = functools.partial(_run, dataclasses.replace(static, on_logits=part))
+    loss = P(*batch) if reduction == "none" else P()
+    out_specs = (loss, P(*batch)) if on_logits.return_stats else loss
+    return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
 
 def _run(static: _Fused, arrays: _Arrays) -> Any:

@@ -21,7 +21,7 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from jaxlosses import _statistics
+from jaxlosses import _sharding, _statistics
 from jaxlosses._statistics import Cotangents, Inputs, Partial, Spec, Statistics
 
 # Logits of a block, about 4 MiB in float32: read from cache after the first time.
@@ -208,6 +208,8 @@ def _may_block(spec: Spec, inputs: Inputs) -> bool:
     if spec.dense and inputs.labels.shape != inputs.logits.shape:
         return False
     if spec.axis_name:  # every block would wait for its own collectives
+        return False
+    if _sharding.explicit_mesh(inputs.logits) is not None:  # also one of one device
         return False
     if inputs.where is not None and inputs.where.size not in (
         num_classes,

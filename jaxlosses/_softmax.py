@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxlosses import _checks, _statistics
+from jaxlosses import _checks, _sharding, _statistics
 from jaxlosses._statistics import Inputs, Mask, Spec, Values
 
 
@@ -119,6 +119,11 @@ def _run(function: Callable[..., Values], logits: Any, axis: Any, where: Any) ->
 def _compiled(
     function: Callable[..., Values], spec: Spec, logits: Values, where: Mask | None
 ) -> Values:
+    mesh = _sharding.explicit_mesh(logits, where)
+    if mesh is not None:
+        split = _sharding.split_of(logits)
+        arrays: Any = (logits, where)
+        logits, where = _sharding.reshard(mesh, arrays, (split, split))
     return function(spec, logits, where)
 
 

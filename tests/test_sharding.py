@@ -168,6 +168,176 @@ def test_a_label_of_no_device_is_nan_on_all() -> None:
     assert np.isfinite(gradient[2]).all()
 
 
+# --- What `axis_name` may name.
+
+LOSSES = {
+    "ids": (jl.softmax_cross_entropy_with_integer_labels, {}),
+    "distributions": (jl.softmax_cross_entropy, {}),
+    **{
+        strategy: (jl.linear_softmax_cross_entropy, {"strategy": strategy})
+        for strategy in ("auto", "dense", "tokens", "recompute", "vocab")
+    },
+}
+
+
+def split_sum(name: str, axis_name: Any) -> Any:
+    """A sum of losses of scores whose classes are split, as a function of those."""
+    function, given = LOSSES[name]
+
+    def total(scores: jax.Array) -> Any:
+        options = dict(given)
+        labels: Any = np.zeros(2, np.int32)
+        if function is jl.softmax_cross_entropy:
+            labels = jnp.ones_like(scores) / V
+        if function is jl.linear_softmax_cross_entropy:
+            scores, options["kernel"] = np.eye(2, dtype=np.float32), scores
+        return function(
+            scores, labels=labels, axis_name=axis_name, reduction="sum", **options
+        )
+
+    return total
+
+
+def message_of(function: Any, *arguments: Any) -> str:
+    with pytest.raises(ValueError, match=r"^axis_name: ") as raised:
+        jax.make_jaxpr(function)(*arguments)
+    return str(raised.value)
+
+
+def by_classes(function: Any, **options: Any) -> Any:
+    """A function of scores of which every device has some classes."""
+    return jax.shard_map(
+        function,
+        mesh=make_mesh((2, 4)),
+        in_specs=P(None, "model"),
+        out_specs=P(),
+        **options,
+    )
+
+
+def scanned(function: Any, scores: jax.Array) -> jax.Array:
+    """A function of scores, inside of a scan."""
+    once = scores[None]
+    return jnp.sum(jax.lax.scan(lambda c, s: (c, function(s)), 0, once)[1])
+
+
+SCORES = jnp.arange(2 * V, dtype=jnp.float32).reshape(2, V) / V
+UNCHECKED = (
+    "axis_name: got {got}, where {name} is an axis of pmap or of a shard_map with "
+    "check_vma=False, expected a mesh axis of an enclosing shard_map with "
+    "check_vma=True. The gradient could not be right. Leave out check_vma=False; in "
+    "place of pmap use jax.shard_map, or drop axis_name and let jax.jit split the "
+    "classes."
+)
+UNCHECKED_MODEL = UNCHECKED.format(got="'model'", name="'model'")
+OF_VMAP = (
+    "axis_name: got 'model', where 'model' is the axis of a vmap, expected a mesh axis "
+    "of an enclosing shard_map. The gradient could not be right. In place of vmap use "
+    "jax.shard_map, or drop axis_name and let jax.jit split the classes."
+)
+
+
+@pytest.mark.parametrize("axis_name", ["model", ("data", "model"), ("model",)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_axis_that_is_not_checked_for_varying_is_refused(
+    name: str, axis_name: Any
+) -> None:
+    split = by_classes(split_sum(name, axis_name), check_vma=False)
+    first = axis_name if isinstance(axis_name, str) else axis_name[0]
+    want = UNCHECKED.format(got=repr(axis_name), name=repr(first))
+    assert message_of(split, SCORES) == want
+
+
+@pytest.mark.parametrize("around", ["jit", "grad", "scan", "checkpoint", "vmap"])
+def test_axis_that_is_not_checked_is_refused_in_any_transformation(around: str) -> None:
+    split = split_sum("distributions", "model")
+    inside = {
+        "jit": jax.jit(split),
+        "grad": lambda s: jnp.sum(jax.grad(split)(s)),
+        "scan": functools.partial(scanned, split),
+        "checkpoint": jax.checkpoint(split),
+        "vmap": lambda s: jnp.sum(jax.vmap(split)(s[None])),
+    }[around]
+    unchecked = by_classes(inside, check_vma=False)
+    assert message_of(unchecked, SCORES) == UNCHECKED_MODEL
+    assert message_of(jax.grad(unchecked), SCORES) == UNCHECKED_MODEL
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_axis_of_vmap_or_pmap_is_refused(name: str) -> None:
+    split = split_sum(name, "model")
+    parts = jnp.moveaxis(SCORES.reshape(2, 4, -1), 1, 0)
+    assert message_of(jax.vmap(split, axis_name="model"), parts) == OF_VMAP
+    mapped = jax.pmap(split, axis_name="model")
+    assert message_of(mapped, parts) == UNCHECKED_MODEL
+
+
+def test_axis_of_no_shard_map_or_named_twice_is_refused() -> None:
+    assert message_of(split_sum("distributions", "model"), SCORES) == (
+        "axis_name: got 'model', expected a mesh axis of an enclosing shard_map. "
+        "Outside of shard_map, shard the arrays and pass None."
+    )
+    twice = by_classes(split_sum("distributions", ("model", "model")))
+    assert message_of(twice, SCORES) == (
+        "axis_name: got ('model', 'model'), expected each mesh axis once. Drop the "
+        "repeated name."
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_axis_over_which_nothing_is_split_is_refused(name: str) -> None:
+    split = split_sum(name, "model")
+    scores = (
+        "kernel" if LOSSES[name][0] is jl.linear_softmax_cross_entropy else "logits"
+    )
+    want = (
+        f"axis_name: got 'model', over which {scores} is the same everywhere, expected "
+        f"a mesh axis that splits the classes of {scores}. Name it in the in_specs of "
+        "shard_map, and leave check_vma=False out of every shard_map around; parts "
+        f"that are meant to be the same are marked by jax.lax.pcast({scores}, 'model', "
+        'to="varying").'
+    )
+    mesh = make_mesh((2, 4))
+    whole = jax.shard_map(split, mesh=mesh, in_specs=P(), out_specs=P())
+    assert message_of(whole, SCORES) == want
+
+    def inner(scores: jax.Array) -> jax.Array:
+        return jax.shard_map(split, in_specs=P(), out_specs=P(), axis_names={"data"})(
+            scores
+        )
+
+    # The outer one hides from the inner one that they are split.
+    outer = by_classes(inner, axis_names={"model"}, check_vma=False)
+    assert message_of(outer, SCORES) == want
+
+
+@pytest.mark.without_llvm_passes
+@pytest.mark.parametrize("name", ["ids", "tokens", "vocab"])
+def test_axis_is_taken_in_any_transformation_of_a_checked_shard_map(name: str) -> None:
+    split, whole = split_sum(name, "model"), split_sum(name, None)
+
+    def inside(scores: jax.Array) -> jax.Array:
+        by_grad = jnp.sum(jax.grad(jax.jit(split))(scores) ** 2)
+        by_vmap = jnp.sum(jax.vmap(split)(jnp.stack([scores, 2 * scores])))
+        return (
+            scanned(jax.checkpoint(split), scores)
+            + jax.lax.psum(by_grad, "model")
+            + by_vmap
+        )
+
+    def of_one(scores: jax.Array) -> jax.Array:
+        by_grad = jnp.sum(jax.grad(whole)(scores) ** 2)
+        return 2 * whole(scores) + by_grad + whole(2 * scores)
+
+    part = by_classes(inside, axis_names={"model"})
+    stack = jnp.stack([SCORES, -SCORES])
+    got = jax.jit(jax.vmap(jax.value_and_grad(part)))(stack)
+    want = jax.vmap(jax.value_and_grad(of_one))(stack)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), want, got
+    )
+
+
 # --- jit with shardings, and the collectives of the compiled module.
 
 TOKENS, SEQUENCE, FEATURES, CLASSES = 8, 16, 16, 96

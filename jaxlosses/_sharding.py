@@ -1,0 +1,101 @@
+"""Arrays on a mesh of explicit axes, where the type of an array says how it is split.
+
+JAX refuses there what its partitioner would settle by itself: operands of one operation
+that are split in different ways, and a custom rule whose cotangent is split unlike its
+primal. So everything that one pass reads is first brought to one split. `reshard` is
+differentiable: its transpose brings the cotangent back to the split of the argument.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# A tree of arrays, in which None stands for what is not given.
+Arrays = TypeVar("Arrays")
+
+Split = tuple[Any, ...]
+"""The mesh axes of each axis of an array: a name, several, or None."""
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """The mesh of the first array that is on explicit axes, or None."""
+    for x in jax.tree.leaves(arrays):
+        mesh: Any = jax.typeof(x).sharding.mesh
+        if not mesh.empty and mesh.explicit_axes:
+            return mesh
+    return None
+
+
+def split_of(x: Any) -> Split:
+    """How each axis of an array is split by explicit mesh axes."""
+    entries = tuple(jax.typeof(x).sharding.spec)
+    return entries + (None,) * (x.ndim - len(entries))
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a split."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def split_like(x: Any, like: Any) -> Any:
+    """An array, split as another one of its rank is."""
+    mesh = explicit_mesh(like)
+    return x if mesh is None else reshard(mesh, x, split_of(like))
+
+
+def as_ids(ids: Any) -> NamedSharding | None:
+    """The type of what is looked up for each id; None where JAX derives it."""
+    mesh = explicit_mesh(ids)
+    return None if mesh is None else NamedSharding(mesh, P(*split_of(ids)))
+
+
+def partitions(arrays: Arrays, splits: Arrays) -> Arrays:
+    """The splits as partitions: of what is given, and of axes that are not shared.
+
+    An axis of size 1, along which something is shared, cannot be split.
+    """
+
+    def of(x: Any, split: Split) -> P | None:
+        if x is None:
+            return None
+        return P(*(None if n == 1 else a for n, a in zip(x.shape, split, strict=True)))
+
+    return jax.tree.map(of, arrays, splits, is_leaf=lambda x: x is None)
+
+
+def reshard(mesh: Any, arrays: Arrays, splits: Arrays) -> Arrays:
+    """What is given, split as it is to be."""
+
+    def put(x: Any, partition: P) -> Any:
+        return jax.sharding.reshard(x, NamedSharding(mesh, partition))
+
+    return jax.tree.map(put, arrays, partitions(arrays, splits))
+
+
+def by_hand(
+    run: Callable[[Arrays], Any],
+    mesh: Any,
+    arrays: Arrays,
+    splits: Arrays,
+    out_specs: Any,
+) -> Any:
+    """Runs a function of arrays inside a `shard_map` over all explicit axes.
+
+    Args:
+        run: what every device does with its part.
+        mesh: of the arrays.
+        arrays: split in any way.
+        splits: how they are to be split.
+        out_specs: partitions of the result.
+    """
+    split = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(partitions(arrays, splits),),
+        out_specs=out_specs,
+        axis_names=set(mesh.explicit_axes),
+    )
+    return split(reshard(mesh, arrays, splits))
