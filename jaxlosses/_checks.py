@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-Shape = tuple[int, ...]
+Size = Any  # an int, or an expression of the symbols of `jax.export`
+Shape = tuple[Size, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -175,7 +176,7 @@ def weights(x: Any, batch: Shape) -> Array | None:
     return x
 
 
-def class_weights(x: Any, num_classes: int) -> Array | None:
+def class_weights(x: Any, num_classes: Size) -> Array | None:
     """A weight per class."""
     if x is None:
         return None
@@ -191,7 +192,7 @@ def hidden(x: Any) -> Array:
     return _features("hidden", x, 1, "a feature axis", "(batch, features)")
 
 
-def kernel(x: Any, layout: Any, features: int) -> Array:
+def kernel(x: Any, layout: Any, features: Size) -> Array:
     """The matrix that turns features into logits."""
     _demand(
         isinstance(layout, str) and layout in _LAYOUTS,
@@ -214,7 +215,7 @@ def kernel(x: Any, layout: Any, features: int) -> Array:
     return x
 
 
-def bias(x: Any, num_classes: int) -> Array | None:
+def bias(x: Any, num_classes: Size) -> Array | None:
     """What is added to the logit of each class."""
     if x is None:
         return None
@@ -224,7 +225,7 @@ def bias(x: Any, num_classes: int) -> Array | None:
     return x
 
 
-def class_mask(x: Any, num_classes: int) -> Array | None:
+def class_mask(x: Any, num_classes: Size) -> Array | None:
     """Which classes exist, the same for all examples."""
     if x is None:
         return None

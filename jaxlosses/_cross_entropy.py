@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine, _logits, _statistics
 from jaxlosses._combine import Coefficients, Example, Reduction, Stats, Terms
+from jaxlosses._sizes import Shape
 from jaxlosses._statistics import Inputs, Spec
 
 
@@ -467,9 +468,7 @@ def not_ignored(static: Static, labels: Array) -> list[Bool[Array, "..."]]:
     return [labels != static.ignore_index] if held else []
 
 
-def all_of(
-    masks: list[Bool[Array, "..."]], batch: tuple[int, ...]
-) -> Bool[Array, "..."] | None:
+def all_of(masks: list[Bool[Array, "..."]], batch: Shape) -> Bool[Array, "..."] | None:
     """Where every mask is true, or None without any."""
     if not masks:
         return None
@@ -479,7 +478,7 @@ def all_of(
 
 
 def class_ids(
-    spec: Spec, shape: tuple[int, ...], labels: Integer[Array, "..."]
+    spec: Spec, shape: Shape, labels: Integer[Array, "..."]
 ) -> Integer[Array, "..."]:
     """The labels as int32, with -1 for one that is no class."""
     num_classes = math.prod(shape[axis] for axis in spec.axes)
@@ -509,7 +508,7 @@ def weights_of_labels(
 
 
 def _along_classes(
-    spec: Spec, class_weights: Float[Array, " V"], shape: tuple[int, ...]
+    spec: Spec, class_weights: Float[Array, " V"], shape: Shape
 ) -> Float[Array, "..."]:
     """The vector laid along the class axes, of the logits' rank."""
     sizes = [shape[axis] for axis in spec.axes]
