@@ -46,6 +46,8 @@ class Residuals(NamedTuple):
         peak: as in `Statistics`.
         spread: `lse - |scale| * peak`.
         nll: negative log-likelihood, for the entry at the label.
+
+    A NaN is kept as 0, and that of `nll` as `-inf`.
     """
 
     inputs: Inputs
@@ -74,11 +76,20 @@ def _reverse(spec: Spec, inputs: Inputs) -> Statistics:
 
 def _reverse_fwd(spec: Spec, inputs: Inputs) -> tuple[Statistics, Residuals]:
     result = _forward(spec, inputs)
-    return result, Residuals(inputs, result.peak, result.spread, result.nll)
+
+    def kept(a: Array, instead: float = 0.0) -> Array:
+        # Each by its own NaN: by that of `nll`, few classes take XLA:CPU twice as long.
+        return jnp.where(jnp.isnan(a), instead, a)
+
+    # An example of weight zero may have NaN statistics in a loss without a NaN, and
+    # `jax_debug_nans` looks at residuals, too.
+    nll = kept(result.nll, -jnp.inf)
+    return result, Residuals(inputs, kept(result.peak), kept(result.spread), nll)
 
 
 def _reverse_bwd(spec: Spec, residuals: Residuals, g: Statistics) -> tuple[Inputs]:
-    kept = Statistics(residuals.peak, residuals.spread, residuals.nll, None, None)
+    nll = jnp.where(residuals.nll == -jnp.inf, jnp.nan, residuals.nll)
+    kept = Statistics(residuals.peak, residuals.spread, nll, None, None)
     # What no loss depends on has a cotangent of zeros, not worth a pass.
     cotangents = Cotangents(g.spread if spec.lse else None, g.nll, g.smooth)
     return (_pullback(spec, residuals.inputs, kept, cotangents),)
