@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-Shape = tuple[int, ...]
+Size = Any  # an int, or an expression of the symbols of `jax.export`
+Shape = tuple[Size, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -236,7 +237,7 @@ def weights(x: Any, batch: Shape) -> Array | None:
     return x
 
 
-def class_weights(x: Any, num_classes: int) -> Array | None:
+def class_weights(x: Any, num_classes: Size) -> Array | None:
     """A weight per class."""
     if x is None:
         return None
@@ -252,7 +253,7 @@ def hidden(x: Any) -> Array:
     return _features("hidden", x, 1, "a feature axis", "(batch, features)")
 
 
-def kernel(x: Any, layout: Any, features: int) -> Array:
+def kernel(x: Any, layout: Any, features: Size) -> Array:
     """The matrix that turns features into logits."""
     _demand(
         isinstance(layout, str) and layout in _LAYOUTS,
@@ -275,7 +276,7 @@ def kernel(x: Any, layout: Any, features: int) -> Array:
     return x
 
 
-def bias(x: Any, num_classes: int) -> Array | None:
+def bias(x: Any, num_classes: Size) -> Array | None:
     """What is added to the logit of each class."""
     if x is None:
         return None
@@ -286,7 +287,7 @@ def bias(x: Any, num_classes: int) -> Array | None:
 
 
 def fused_where(
-    x: Any, num_classes: int, batch: Shape
+    x: Any, num_classes: Size, batch: Shape
 ) -> tuple[Array | None, Array | None]:
     """A mask of the classes, which all examples share, or of the examples."""
     if x is None:
@@ -608,6 +609,10 @@ def _demand_static(argument: str, x: Any, expected: str) -> None:
 
 def _array(argument: str, x: Any) -> Array:
     x = _held(x)
+    if isinstance(x, jax.Array):
+        # An eager gradient would have it converted to what it is, and `jax_debug_nans`
+        # look for a NaN in the result, where one is allowed.
+        return x
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:

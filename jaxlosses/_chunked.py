@@ -24,6 +24,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float
 
 from jaxlosses import _logits, _statistics
+from jaxlosses._sizes import Size
 from jaxlosses._statistics import Cotangents, Inputs, Partial, Spec, Statistics, Uniform
 
 Layout = Literal["dv", "vd"]
@@ -85,7 +86,7 @@ def compute_dtype(head: Head) -> Any:
         return jnp.promote_types(head.hidden.dtype, head.kernel.dtype)
 
 
-def num_classes(layout: Layout, kernel: Array) -> int:
+def num_classes(layout: Layout, kernel: Array) -> Size:
     """How many classes the kernel has."""
     return kernel.shape[1 if layout == "dv" else 0]
 
@@ -800,13 +801,15 @@ def _typed_like(a: Array, like: Any) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _take(a: Array, start: Array, size: int, axis: int) -> Array:
+def _take(a: Array, start: Array, size: Size, axis: int) -> Array:
     """`_logits.sliced`, whose tangent is a slice, too."""
     return _logits.sliced(a, start, size, axis)
 
 
 @_take.defjvp
-def _take_jvp(size: int, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _take_jvp(
+    size: Size, axis: int, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
     a, start = primals
     d_a, _ = tangents
     d = lax.dynamic_slice_in_dim(d_a, start, size, axis)

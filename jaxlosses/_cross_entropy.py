@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine, _logits, _sharding, _statistics
 from jaxlosses._combine import Coefficients, Example, Masses, Reduction, Stats, Terms
+from jaxlosses._sizes import Shape
 from jaxlosses._statistics import Inputs, Spec
 
 
@@ -553,9 +554,7 @@ def not_ignored(static: Static, labels: Array) -> list[Bool[Array, "..."]]:
     return [labels != np.asarray(static.ignored).astype(labels.dtype)]
 
 
-def all_of(
-    masks: list[Bool[Array, "..."]], batch: tuple[int, ...]
-) -> Bool[Array, "..."] | None:
+def all_of(masks: list[Bool[Array, "..."]], batch: Shape) -> Bool[Array, "..."] | None:
     """Where every mask is true, or None without any."""
     if not masks:
         return None
@@ -565,7 +564,7 @@ def all_of(
 
 
 def class_ids(
-    spec: Spec, shape: tuple[int, ...], labels: Integer[Array, "..."]
+    spec: Spec, shape: Shape, labels: Integer[Array, "..."]
 ) -> Integer[Array, "..."]:
     """The labels as int32, with -1 for one that is no class."""
     num_classes = math.prod(shape[axis] for axis in spec.axes)

@@ -17,11 +17,13 @@ from jaxlosses import (
     _cross_entropy,
     _logits,
     _sharding,
+    _sizes,
     _statistics,
 )
 from jaxlosses._chunked import Examples, Head, Operands, Plan, Product, Way
 from jaxlosses._combine import Coefficients, Example, Reduction, Stats, Terms
 from jaxlosses._cross_entropy import Arrays, Static
+from jaxlosses._sizes import Size
 from jaxlosses._statistics import Inputs, Statistics
 
 Strategy = Literal["auto", "tokens", "recompute", "vocab", "dense"]
@@ -33,6 +35,8 @@ _WORKSPACE = 2**30
 _FEW_EXAMPLES = 64
 # A piece of the kernel's gradient takes this part of the workspace.
 _PIECES = 8
+# Chunks of what has a symbolic size, whose bytes cannot be counted.
+_CHUNKS_OF_ANY_SIZE = 16
 
 
 @_checks.names_forward_mode
@@ -96,13 +100,15 @@ def linear_softmax_cross_entropy(
             `"auto"`: `"dense"` if all logits fit the workspace or labels are
             distributions; `"vocab"` if the logits of 64 examples do not (on one
             device and inside `shard_map`: elsewhere its slices of a kernel that is
-            split over devices would be gathered); else `"tokens"` for a sum or a
-            mean, and `"recompute"` otherwise or with `forward_mode`.
+            split over devices would be gathered); else, as for symbolic sizes of
+            `jax.export`, `"tokens"` for a sum or a mean, and `"recompute"` otherwise
+            or with `forward_mode`.
         workspace_bytes: bounds what is held at once beyond the arguments, the result,
             copies of `hidden` and the accumulators of the gradients (float32, of the
             shapes of `hidden` and `kernel`), as far as one example or one class
             fits. None takes a sixth of the logits, from 32 to 128 MiB, on a CPU, and
-            1 GiB elsewhere.
+            1 GiB elsewhere. Where `jax.export` leaves the number of examples or of
+            classes open, bytes cannot be counted: a chunk is a sixteenth of them.
         class_weights: shape `(V,)`, floating. Multiplies the loss by the weight of the
             label's class; smoothing spreads the weights.
         label_smoothing: `α` in `[0, 1)`, a number or a traced scalar: the label
@@ -250,12 +256,15 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     on_logits = static.on_logits
     *batch, _ = head.hidden.shape
     examples, classes = math.prod(batch), _chunked.num_classes(layout, head.kernel)
+    is_known = _sizes.are_numbers(examples * classes)
     on_cpu = jax.default_backend() == "cpu"
     if workspace is None:
         workspace = _WORKSPACE
         if on_cpu:
             least, most = _CPU_WORKSPACE
-            workspace = min(max(least, 4 * examples * classes // 6), most)
+            workspace = most
+            if is_known:
+                workspace = min(max(least, 4 * examples * classes // 6), most)
     local = _is_local()
     dtype = _chunked.compute_dtype(head)
     # Logits, which their cotangent replaces, and that in the compute dtype; a quarter
@@ -264,9 +273,9 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     entry += dtype.itemsize if dtype.itemsize < 4 else 0
     held = examples * classes * entry * 4 // 3
     if strategy == "auto":
-        if on_logits.spec.dense or held <= workspace:
+        if on_logits.spec.dense or (is_known and held <= workspace):
             strategy = "dense"
-        elif local and _FEW_EXAMPLES * held > workspace * examples:
+        elif is_known and local and _FEW_EXAMPLES * held > workspace * examples:
             strategy = "vocab"
         elif on_logits.reduction != "none" and not on_logits.forward_mode:
             strategy = "tokens"
@@ -275,26 +284,33 @@ def _plan(static: _Fused, head: Head) -> tuple[str, Plan]:
     if examples * classes == 0:
         strategy = "dense"
 
-    def chunks(pieces: int, times: int = 1) -> int:
-        return max(1, min(pieces, -(-times * held // workspace)))
+    def chunks(pieces: Size, times: int = 1) -> int:
+        number = -(-times * held // workspace) if is_known else _CHUNKS_OF_ANY_SIZE
+        return max(1, min(pieces, number)) if _sizes.are_numbers(pieces) else number
 
     # Flattened examples have one axis; where they may be split over devices, the
     # longest one is cut and the others stay.
-    axis = 0 if local or not batch else batch.index(max(batch))
+    axis = 0 if local or not batch else batch.index(_longest(batch))
     if strategy in ("dense", "vocab"):  # a piece keeps its logits beside the cotangent
         return strategy, Plan(layout, chunks(classes, 2))
     pieces = examples if local or not batch else batch[axis]
     number = chunks(pieces)
-    if not (local and on_cpu):
+    if not (local and on_cpu) and _sizes.are_numbers(pieces):
         # Equal chunks need no padding, whose entries would move between devices; and
         # a matmul of whole tiles pads no operand.
         equal = range(number, min(2 * number, pieces) + 1)
         number = next((n for n in equal if pieces % n == 0), number)
     kernel_pieces = 1
-    if local and on_cpu:
+    if local and on_cpu and _sizes.are_numbers(head.kernel.size):
         accumulator = head.kernel.size * _statistics.accumulation_dtype(dtype).itemsize
         kernel_pieces = max(1, min(classes, -(-_PIECES * accumulator // workspace)))
     return strategy, Plan(layout, number, axis, not local, local, kernel_pieces)
+
+
+def _longest(sizes: list[Size]) -> Size:
+    """The largest size; for that counts the first whose number is not known."""
+    unknown = (size for size in sizes if not _sizes.are_numbers(size))
+    return next(unknown, None) or max(sizes)
 
 
 def _is_local() -> bool:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import dtypes, lax
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from jaxlosses import _sharding, _statistics
+from jaxlosses import _sharding, _sizes, _statistics
+from jaxlosses._sizes import Size
 from jaxlosses._statistics import Cotangents, Inputs, Partial, Spec, Statistics
 
 # Logits of a block, about 4 MiB in float32: read from cache after the first time.
@@ -46,6 +46,8 @@ class Residuals(NamedTuple):
         peak: as in `Statistics`.
         spread: `lse - |scale| * peak`.
         nll: negative log-likelihood, for the entry at the label.
+
+    A NaN is kept as 0, and that of `nll` as `-inf`.
     """
 
     inputs: Inputs
@@ -74,11 +76,20 @@ def _reverse(spec: Spec, inputs: Inputs) -> Statistics:
 
 def _reverse_fwd(spec: Spec, inputs: Inputs) -> tuple[Statistics, Residuals]:
     result = _forward(spec, inputs)
-    return result, Residuals(inputs, result.peak, result.spread, result.nll)
+
+    def kept(a: Array, instead: float = 0.0) -> Array:
+        # Each by its own NaN: by that of `nll`, few classes take XLA:CPU twice as long.
+        return jnp.where(jnp.isnan(a), instead, a)
+
+    # An example of weight zero may have NaN statistics in a loss without a NaN, and
+    # `jax_debug_nans` looks at residuals, too.
+    nll = kept(result.nll, -jnp.inf)
+    return result, Residuals(inputs, kept(result.peak), kept(result.spread), nll)
 
 
 def _reverse_bwd(spec: Spec, residuals: Residuals, g: Statistics) -> tuple[Inputs]:
-    kept = Statistics(residuals.peak, residuals.spread, residuals.nll, None, None)
+    nll = jnp.where(residuals.nll == -jnp.inf, jnp.nan, residuals.nll)
+    kept = Statistics(residuals.peak, residuals.spread, nll, None, None)
     # What no loss depends on has a cotangent of zeros, not worth a pass.
     cotangents = Cotangents(g.spread if spec.lse else None, g.nll, g.smooth)
     return (_pullback(spec, residuals.inputs, kept, cotangents),)
@@ -138,7 +149,8 @@ def tangents_of(result: Statistics, d: Cotangents) -> Statistics:
     """Tangents of all statistics from those of the differentiable ones."""
     d_predicted: Any = None
     if result.predicted is not None:
-        d_predicted = np.zeros(result.predicted.shape, dtypes.float0)
+        # NumPy has no array of a symbolic size.
+        d_predicted = SymbolicZero.from_primal_value(result.predicted)
     spread: Any = d.spread
     return Statistics(jnp.zeros_like(result.peak), spread, d.nll, d.smooth, d_predicted)
 
@@ -167,7 +179,7 @@ def varying_axes(a: Any) -> frozenset[str]:
     return frozenset() if manual is None else manual.varying
 
 
-def sliced(a: Array, start: Array, size: int, axis: int = 0) -> Array:
+def sliced(a: Array, start: Array, size: Size, axis: int = 0) -> Array:
     """A slice of a static size, clamped."""
 
     def plain(a: Array, start: Array) -> Array:
@@ -205,6 +217,8 @@ def _may_block(spec: Spec, inputs: Inputs) -> bool:
     *batch, num_classes = inputs.logits.shape
     if spec.axes != (len(batch),) or num_classes == 0:
         return False
+    if not _sizes.are_numbers(*inputs.logits.shape):  # so many blocks, of so many rows
+        return False
     if spec.dense and inputs.labels.shape != inputs.logits.shape:
         return False
     if spec.axis_name:  # every block would wait for its own collectives
@@ -239,7 +253,7 @@ def _in_blocks(spec: Spec) -> Callable[[Inputs], Statistics]:
     blocked = custom_vmap(functools.partial(_evaluate_blocked, spec))
 
     @blocked.def_vmap
-    def of_more_rows(size: int, mapped: Any, inputs: Inputs) -> tuple[Statistics, Any]:
+    def of_more_rows(size: Size, mapped: Any, inputs: Inputs) -> tuple[Statistics, Any]:
         (is_mapped,) = mapped
         more = dataclasses.replace(spec, axes=tuple(axis + 1 for axis in spec.axes))
         rows = _with_rows(size, is_mapped, inputs)
@@ -254,7 +268,7 @@ def _in_blocks(spec: Spec) -> Callable[[Inputs], Statistics]:
     return blocked
 
 
-def _with_rows(size: int, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
+def _with_rows(size: Size, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
     """Inputs with a mapped axis as one more batch axis; None if it cannot be that."""
     if is_mapped.scale or is_mapped.class_weights:
         return None

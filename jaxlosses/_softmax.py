@@ -182,7 +182,11 @@ def _normalizer(
     spec: Spec, logits: Values, where: Mask | None
 ) -> tuple[Values, Values]:
     _, peak, spread = _statistics.normalize(spec, Inputs(logits, None, where))
-    return peak, spread
+    if where is None:
+        return peak, spread
+    # Without a class both are NaN, which `jax_debug_nans` finds in what is kept.
+    some = _statistics.any_class(spec, where)
+    return jnp.where(some, peak, 0), jnp.where(some, spread, 0)
 
 
 def _log_p(logits: Values, where: Mask | None, peak: Values, spread: Values) -> Values:

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxlosses import _pairs, _softcap
+from jaxlosses import _pairs, _sizes, _softcap
 from jaxlosses._elementary import exp, expm1, log1p, one_minus_exp
 from jaxlosses._pairs import Pair
+from jaxlosses._sizes import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -586,7 +587,8 @@ def _is_tiny(logits: Values) -> bool:
 
     Nothing that saves operations per vector is of use there.
     """
-    return logits.dtype.itemsize == 2 and logits.shape[-1] < 16
+    size = logits.shape[-1]
+    return logits.dtype.itemsize == 2 and _sizes.are_numbers(size) and size < 16
 
 
 def label_ids(spec: Spec, inputs: Inputs) -> Ids:
@@ -685,7 +687,7 @@ def _magnitude(scale: Values) -> Values:
     return jnp.where(scale < 0, -scale, scale)
 
 
-def _class_ids(spec: Spec, shape: tuple[int, ...]) -> Ids:
+def _class_ids(spec: Spec, shape: Shape) -> Ids:
     """The id of every class, of the logits' rank with batch axes of size 1."""
     ids, local = jnp.zeros((1,) * len(shape), jnp.int32), 1
     for axis in spec.axes:

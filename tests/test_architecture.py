@@ -17,7 +17,7 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.item
 
 # Lower layers know nothing of higher ones. `_checks` is open to everyone.
 LAYERS = [
-    {"_pairs", "_sharding"},
+    {"_pairs", "_sharding", "_sizes"},
     {"_elementary", "_softcap"},
     {"_statistics"},
     {"_combine", "_logits", "_chunked"},

@@ -600,3 +600,67 @@ def test_a_traced_zero_is_the_python_zero(name: str) -> None:
         arguments["logits"], jnp.zeros(())
     )
     assert_trees_close((value, {"logits": gradient}), plain, **REORDERED)
+
+
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "ignored": {"ignore_index": 2},
+    "weight 0": {"weights": np.float32([1, 0, 2])},
+    "masked": {"where": np.array([True, False, True])},
+}
+
+
+@pytest.mark.parametrize("how", LEFT_OUT)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_debug_nans_finds_none_where_a_nan_does_not_count(
+    how: str, compiled: bool
+) -> None:
+    clean = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    bad = jnp.asarray(clean).at[1, 2].set(jnp.nan)
+    ids, q = np.array([0, 2, 1]), np.full((3, 4), 0.25, np.float32)
+    kernel = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
+    options = LEFT_OUT[how]
+    integer = functools.partial(
+        jl.softmax_cross_entropy_with_integer_labels, labels=ids, **options
+    )
+    losses: dict[str, Any] = {"integer": integer}
+    if how != "ignored":
+        losses["dense"] = functools.partial(
+            jl.softmax_cross_entropy, labels=q, **options
+        )
+    if how == "masked":
+        for function in (jl.softmax, jl.log_softmax):
+            # Without classes, a log-probability is -inf.
+            losses[function.__name__] = lambda z, f=function: jnp.where(
+                jnp.asarray(options["where"])[:, None], f(z, where=options["where"]), 0
+            )
+    else:
+        for strategy in ("tokens", "recompute", "vocab", "dense"):
+            losses[strategy] = functools.partial(
+                jl.linear_softmax_cross_entropy,
+                kernel=kernel,
+                labels=ids,
+                strategy=strategy,
+                reduction="mean",
+                **options,
+            )
+    for name, loss in losses.items():
+        total = lambda z, f=loss: jnp.sum(f(z))  # noqa: E731
+        value, gradient = loss, jax.grad(total)
+        if compiled:
+            value, gradient = jax.jit(value), jax.jit(gradient)
+        with jax.debug_nans(True):
+            got, slope = value(bad), gradient(bad)
+            both, again = jax.value_and_grad(total)(bad)
+        np.testing.assert_allclose(got, loss(clean), rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(both, jnp.sum(got), rtol=1e-6, err_msg=name)
+        exact = np.asarray(jax.grad(total)(clean))
+        exact = np.where(np.arange(3)[:, None] == 1, 0, exact)
+        for found in (slope, again):
+            np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_debug_nans_finds_one_where_it_counts() -> None:
+    logits = jnp.asarray([[0.0, np.nan], [1.0, 2.0]])
+    loss = jl.softmax_cross_entropy_with_integer_labels
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.grad(lambda z: jnp.sum(loss(z, jnp.array([0, 1]))))(logits)
