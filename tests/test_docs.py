@@ -11,9 +11,11 @@ import jax
 import pytest
 
 import jaxlosses as jl
+from benchmarks import report
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SECTIONS = ["Args", "Returns", "Raises", "Differentiation", "Example", "Source"]
@@ -116,13 +118,50 @@ def test_readme_names_every_public_function_and_option() -> None:
     assert missing == set()
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/results/README.md"])
+def test_links_of_a_page_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text("utf-8"))
     local = [t for t in targets if not t.startswith("https://")]
     assert local
     # The notebook is generated from its source, `make notebooks`.
     sources = [re.sub(r"\.ipynb$", ".py", target) for target in local]
-    assert [s for s in sources if not (ROOT / s).exists()] == []
+    folder = (ROOT / page).parent
+    assert [s for s in sources if not (folder / s).exists()] == []
+
+
+def test_readme_is_short_and_starts_with_what_people_ask() -> None:
+    assert README.count("\n") <= 220
+    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    assert headings[0] == "Logits, softmax and the loss"
+    before, _, rest = README.partition("\n## ")
+    assert re.findall(r"^make (\w+)", before, re.MULTILINE) == ["demo", "test"]
+    answer = rest.partition("\n## ")[0]
+    for words in ("unscaled scores", "epsilon", "one-hot", "per example"):
+        assert words in answer.replace("\n", " ")
+    assert "[0.1, 0.3, 0.5, 0.9]" in answer
+    assert "[0.16838508, 0.205666, 0.25120102, 0.37474789]" in answer
+
+
+def test_measurements_of_the_pages_are_those_that_the_report_renders() -> None:
+    files, tables = sorted(RESULTS.glob("*.json")), RESULTS / "README.md"
+    assert files
+    shown = README.partition(report.START)[2].partition(report.END)[0]
+    assert shown.strip("\n") == report.for_readme(files, ROOT, tables)
+    assert tables.read_text("utf-8") == report.all_tables(files, RESULTS)
+
+
+def test_readme_shows_one_picture_and_one_small_table_of_measurements() -> None:
+    pictures = re.findall(r"!\[", README)
+    shown = README.partition(report.START)[2].partition(report.END)[0]
+    assert len(pictures) == shown.count("![") == 1
+    rows = re.findall(r"^\| (?!---)", shown, re.MULTILINE)[1:]
+    assert 1 <= len(rows) <= 10
+
+
+def test_targets_of_make_in_the_readme_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", README, re.MULTILINE))
+    assert {"demo", "test"} <= named <= set(targets)
 
 
 def test_there_are_public_functions() -> None:
