@@ -171,13 +171,20 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=pathlib.Path,
         default=ROOT / "README.md",
         metavar="PATH",
-        help="where the tables go, between two markers; default: README.md",
+        help="where the short table goes, between two markers; default: README.md",
+    )
+    parser.add_argument(
+        "--tables",
+        type=pathlib.Path,
+        default=RESULTS / "README.md",
+        metavar="PATH",
+        help="where all tables go; default: benchmarks/results/README.md",
     )
 
 
 def _report(arguments: argparse.Namespace) -> None:
     files = arguments.files or sorted(RESULTS.glob("*.json"))
-    report.report(files, arguments.readme)
+    report.report(files, arguments.readme, arguments.tables)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,8 +30,16 @@ Entry = dict[str, Any]
 # An entry is found by what identifies its case, and by its contestant.
 Key = tuple[str, int, int, str, str, str]
 
-# Of the presets in the README.
+# Of the presets on the page of all tables.
 _ORDER = ("quick", "cpu", "gpu", "linear", "growth", "compiled")
+# Models of the README's table by preset, of few and of many classes; it has to stay
+# small. A preset without an entry is on the page of all tables only.
+_README_MODELS = {
+    "cpu": ("ImageNet", "Llama-3"),
+    "linear": ("Llama-3",),
+    "compiled": ("Llama-3", "Gemma-2"),
+}
+_README_CASES = (("random", VALUE_AND_GRADIENT), ("random", FUSED))
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 _NAMES = {
     OURS: "ours",
@@ -52,20 +61,55 @@ _COLORS = {
 }
 
 
-def report(files: Iterable[pathlib.Path], readme: pathlib.Path) -> None:
-    """Writes a page and a plot beside each file, and all tables into the README."""
+def report(
+    files: Iterable[pathlib.Path], readme: pathlib.Path, tables: pathlib.Path
+) -> None:
+    """Writes a page and a plot beside each file, all tables, and the README's part."""
+    results = _sorted(files)
+    for path, result in results.items():
+        if result["preset"] != "compiled":
+            path.with_suffix(".md").write_text(_page(result), "utf-8")
+            _plot(result, path.with_suffix(".svg"))
+    tables.write_text(all_tables(results, tables.parent), "utf-8")
+    _insert(for_readme(results, readme.parent, tables), readme)
+
+
+def all_tables(files: Iterable[pathlib.Path], root: pathlib.Path) -> str:
+    """The page in the folder `root` that holds the tables of all files."""
     sections = []
-    results = {path: _read(path) for path in files}
-    for path in sorted(results, key=lambda p: _ORDER.index(results[p]["preset"])):
-        result = results[path]
-        page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
-        if result["preset"] == "compiled":
-            sections.append(f"### {_title(result)}\n\n{_short(result)}")
-            continue
-        page.write_text(_page(result), "utf-8")
-        _plot(result, picture)
-        sections.append(_section(result, page, picture, readme.parent))
-    _insert("\n\n".join(sections), readme)
+    for path, result in _sorted(files).items():
+        section = f"## {_title(result)}\n\n{_short(result)}"
+        if _has_plot(result):
+            section += f"\n\n{_picture(path, result, root)}"
+        if result["preset"] != "compiled":
+            page = _link(path.with_suffix(".md"), root)
+            section += f"\n\n[Every case, with quartiles]({page})"
+        sections.append(section)
+    return "\n\n".join([f"# Measurements\n\n{_HOW}", *sections]) + "\n"
+
+
+def for_readme(
+    files: Iterable[pathlib.Path], root: pathlib.Path, tables: pathlib.Path
+) -> str:
+    """What a README in the folder `root` shows: one picture, one table, one link."""
+    # Of each kind of run on each device the one with the newest JAX.
+    newest: dict[tuple[str, str], tuple[pathlib.Path, Result]] = {}
+    for path, result in _sorted(files).items():
+        key = result["preset"], _device(result)
+        if key not in newest or _jax(newest[key][1]) <= _jax(result):
+            newest[key] = path, result
+    parts = [
+        _picture(path, result, root)
+        for path, result in newest.values()
+        if result["preset"] == "linear" and _has_plot(result)
+    ]
+    rows = [row for _, result in newest.values() for row in _readme_rows(result)]
+    if rows:
+        head = ["value and gradient", "on", "ms", "optax ÷ ours"]
+        head += ["temporary MiB, ours / optax", "error, ours / optax"]
+        parts += [_table(head, rows), _README_LEGEND]
+    parts.append(f"[All tables]({_link(tables, root)})")
+    return "\n\n".join(parts)
 
 
 def summary(path: pathlib.Path) -> str:
@@ -91,34 +135,46 @@ def _insert(text: str, readme: pathlib.Path) -> None:
     readme.write_text(f"{before}{START}\n{text}\n{END}{after}", "utf-8")
 
 
-def _section(
-    result: Result, page: pathlib.Path, picture: pathlib.Path, root: pathlib.Path
-) -> str:
-    def link(path: pathlib.Path) -> str:
-        return pathlib.Path(os.path.relpath(path, root)).as_posix()
+def _sorted(files: Iterable[pathlib.Path]) -> dict[pathlib.Path, Result]:
+    results = {path: _read(path) for path in files}
+    order = sorted(results, key=lambda p: _ORDER.index(results[p]["preset"]))
+    return {path: results[path] for path in order}
 
-    shown = f"![{_caption(result)}]({link(picture)})\n\n"
-    if result["preset"] == "linear" and not _fused_cases(result, growth=True):
-        shown = ""  # the plot is of growth
-    return (
-        f"### {_title(result)}\n\n{_short(result)}\n\n"
-        f"{shown}[Every case, with quartiles]({link(page)})"
-    )
+
+def _link(path: pathlib.Path, root: pathlib.Path) -> str:
+    return pathlib.Path(os.path.relpath(path, root)).as_posix()
+
+
+def _picture(path: pathlib.Path, result: Result, root: pathlib.Path) -> str:
+    return f"![{_caption(result)}]({_link(path.with_suffix('.svg'), root)})"
+
+
+def _has_plot(result: Result) -> bool:
+    if result["preset"] == "linear":  # of growth
+        return bool(_fused_cases(result, growth=True))
+    return result["preset"] != "compiled"
+
+
+def _jax(result: Result) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", result["versions"]["jax"]))
 
 
 def _title(result: Result) -> str:
-    environment = result["environment"]
-    device = environment["device"]
-    if environment["platform"] == "cpu":
-        device = f"{environment['processor']}, {environment['threads']} threads"
     kinds = {
         "compiled": "Compiled, not run: ",
         "growth": "Growth of cost: ",
         "linear": "Fused loss: ",
     }
-    growth = kinds.get(result["preset"], "")
+    kind = kinds.get(result["preset"], "")
     only = f", only '{result['only']}'" if result["only"] else ""
-    return f"{growth}{device}, JAX {result['versions']['jax']}{only}"
+    return f"{kind}{_device(result)}, JAX {result['versions']['jax']}{only}"
+
+
+def _device(result: Result) -> str:
+    environment = result["environment"]
+    if environment["platform"] == "cpu":
+        return f"{environment['processor']}, {environment['threads']} threads"
+    return environment["device"]
 
 
 def _caption(result: Result) -> str:
@@ -140,6 +196,64 @@ def _short(result: Result) -> str:
     if any(case["what"] in (*_LOSSES, STEP) for case in result["cases"]):
         tables.append(_comparison_table(result))
     return "\n\n".join([*tables, *_remarks(result)])
+
+
+_HOW = """\
+Rendered by `python -m benchmarks report` from the JSON files of this folder, none of it
+by hand. `make bench` measures time, memory and accuracy beside other libraries and
+renders them again. Ratios are medians of calls in turns within one process. On a GPU,
+`python -m benchmarks run --preset gpu` measures its own list. Without one,
+`python -m benchmarks compile --target h100` (or `v5e`, a TPU) compiles the losses for
+it and counts reads, writes and matmuls. [NOTES.md](../NOTES.md) says what was tried,
+and what is known to be slower."""
+
+
+# The short table.
+
+_README_LEGEND = (
+    "Of the mean, ours beside optax. Given logits are rows×classes, a head is "
+    "tokens×features×classes. ms: ours. optax ÷ ours: time, median of paired calls; "
+    "above 1 ours is faster. Error: of the loss, worst relative; given logits, in rows "
+    "with a margin of 20 nats; a head, on random inputs."
+)
+
+
+def _readme_rows(result: Result) -> list[list[str]]:
+    """The cases of the README: what a training step asks for, ours beside optax."""
+    index = _index(result)
+    where = f"{_device(result)}, JAX {result['versions']['jax']}"
+    if result["preset"] == "compiled":
+        where = f"compiled for {where}"
+    rows = []
+    for case in result["cases"]:
+        model, what, dtype = case["model"], case["what"], case["dtype"]
+        chosen = model in _README_MODELS.get(result["preset"], ())
+        if not chosen or (case["inputs"], what) not in _README_CASES:
+            continue
+        ours, theirs = _both(case["entries"])
+        accuracy, error = (ours, theirs), "order 1"
+        shape = f"head, {model} {case['batch']}×{case['features']}×{case['classes']}"
+        if what != FUSED:
+            key = (model, case["batch"], case["classes"], dtype, "confident", FORWARD)
+            accuracy, error = _both(index.get(key, {})), "confident"
+            shape = f"logits, {model} {case['batch']}×{case['classes']}"
+        memory = (None if e is None else e["temp_bytes"] for e in (ours, theirs))
+        errors = ((e or {}).get("worst_error", {}).get(error) for e in accuracy)
+        rows.append(
+            [
+                f"{shape} {dtype}",
+                where,
+                _number(_median(ours, "ms"), 3),
+                _number(_median(theirs, "ratio_to_ours")),
+                _join(map(_mib, memory)),
+                _pair(errors),
+            ]
+        )
+    return rows
+
+
+def _both(entries: dict[str, Entry]) -> tuple[Entry | None, Entry | None]:
+    return entries.get(OURS), entries.get("optax")
 
 
 # Entries of a result.

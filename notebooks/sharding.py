@@ -281,8 +281,43 @@ np.testing.assert_allclose(value, whole[0], rtol=2e-6)
 # | the logits do not fit, many devices | the fused loss on explicit axes, or by hand |
 # | the kernel is huge and examples are few | by hand with `strategy="vocab"` |
 #
-# [sharded_language_model.py](sharded_language_model.py) trains a language model that
-# way, in one process or in many.
+# The last two rows are there because of automatic axes: the sum of the kernel's
+# gradient in the loop that was seen above, and the slices that `strategy="vocab"` takes
+# of the kernel, which XLA gathers if the kernel is split. By hand and on explicit axes
+# neither happens.
+#
+# ## Several processes
+#
+# [sharded_language_model.py](sharded_language_model.py) trains a language model with
+# its examples split over one mesh axis and its vocabulary over the other, and keeps
+# checkpoints. In the environment that `make demo` makes, one process with eight CPU
+# devices:
+#
+# ```sh
+# .venv/bin/python notebooks/sharded_language_model.py --cpu-devices 8
+# ```
+#
+# The same run in two processes, which print the same losses:
+#
+# ```sh
+# for i in 0 1; do
+#   .venv/bin/python notebooks/sharded_language_model.py --cpu-devices 4 \
+#     --coordinator 127.0.0.1:9876 --processes 2 --process $i &
+# done
+# wait
+# ```
+#
+# On a pod, start the script on every host. On Cloud TPU, under Slurm and under Open
+# MPI, JAX finds the hosts itself:
+#
+# ```sh
+# python notebooks/sharded_language_model.py --distributed --vocabulary-axis 8 \
+#   --checkpoints /shared/run-1
+# ```
+#
+# Elsewhere, name the coordinator as above. If a process dies, the others end with an
+# error, about `--timeout` seconds (60) later if they do not notice before. Start all of
+# them again, and they go on from the last checkpoint, on another mesh if you like.
 #
 # ## On paper: 256 and 4096 devices
 #

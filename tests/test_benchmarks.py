@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from benchmarks import compiled
+from benchmarks import compiled, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -70,17 +71,24 @@ def test_report_needs_only_the_json(
     result: tuple[pathlib.Path, Any], tmp_path: pathlib.Path
 ) -> None:
     path, content = result
-    copy, readme = tmp_path / path.name, tmp_path / "README.md"
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    copy, tables = folder / path.name, folder / "README.md"
     copy.write_text(path.read_text("utf-8"), "utf-8")
     for text in ("", "an old table"):
         readme.write_text(f"before\n{START}\n{text}{END}\nafter\n", "utf-8")
-        benchmarks("report", str(copy), "--readme", str(readme))
-        rendered = readme.read_text("utf-8")
-        assert rendered.startswith(f"before\n{START}\n### ")
+        tables.write_text(text, "utf-8")
+        where = ("--readme", str(readme), "--tables", str(tables))
+        benchmarks("report", str(copy), *where)
+        rendered, page = readme.read_text("utf-8"), tables.read_text("utf-8")
+        assert rendered.startswith(f"before\n{START}\n")
         assert rendered.endswith(f"{END}\nafter\n")
-        assert "an old table" not in rendered
-        assert content["versions"]["jax"] in rendered
-        assert copy.with_suffix(".svg").name in rendered
+        assert "(results/README.md)" in rendered
+        assert "an old table" not in rendered + page
+        assert page.startswith("# Measurements\n")
+        assert content["versions"]["jax"] in page
+        assert f"]({copy.with_suffix('.svg').name})" in page
+        assert f"]({copy.with_suffix('.md').name})" in page
     assert "<svg" in copy.with_suffix(".svg").read_text("utf-8")
     assert "x + 1 (floor)" in copy.with_suffix(".md").read_text("utf-8")
 
@@ -140,12 +148,26 @@ def test_matmuls_are_found_in_loops_too() -> None:
 
 
 def test_report_renders_what_compilers_made(tmp_path: pathlib.Path) -> None:
-    readme = tmp_path / "README.md"
+    readme, tables = tmp_path / "README.md", tmp_path / "tables.md"
     readme.write_text(f"{START}\n{END}\n", "utf-8")
     paths = sorted((ROOT / "benchmarks" / "results").glob("compiled-*.json"))
     assert len(paths) == 2
     for path in paths:
-        benchmarks("report", str(path), "--readme", str(readme))
-        rendered = readme.read_text("utf-8")
+        where = ("--readme", str(readme), "--tables", str(tables))
+        benchmarks("report", str(path), *where)
+        rendered = tables.read_text("utf-8")
         assert "Compiled, not run" in rendered
         assert rendered.count("| ours |") >= 7
+        rows = re.findall(r"^\| head, .*$", readme.read_text("utf-8"), re.MULTILINE)
+        assert rows
+        # Nothing was timed, so no time is shown.
+        assert all("| compiled for " in row and "| - | - |" in row for row in rows)
+
+
+def test_the_short_table_shows_the_newest_jax_alone() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    old, new = folder / "cpu-jax0.10.2.json", folder / "cpu-jax0.12.0.1.json"
+    for files in ([old, new], [new, old]):
+        text = report.for_readme(files, ROOT, folder / "README.md")
+        assert "JAX 0.12.0.1 |" in text
+        assert "JAX 0.10.2" not in text

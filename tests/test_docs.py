@@ -11,9 +11,11 @@ import jax
 import pytest
 
 import jaxlosses as jl
+from benchmarks import report
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SECTIONS = ["Args", "Returns", "Raises", "Differentiation", "Example", "Source"]
@@ -43,10 +45,53 @@ def sections(text: str) -> dict[str, str]:
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+# One name or several, and whether another function is to be read for them, as in
+# "`weights`, `reduction`: as in `softmax_cross_entropy`".
+ENTRY = re.compile(
+    r"^    (?P<names>\*{0,2}`?\w+`?(?:,\s+`?\w+`?)*(?:,?\s+and\s+`?\w+`?)?):"
+    r"(?:\s+as\s+in\s+`(?P<other>[\w.]+)`)?",
+    re.MULTILINE,
+)
+
+
+def entries(section: str) -> list[tuple[str, str]]:
+    """Each argument that an Args section names, and the function to be read or ""."""
+    return [
+        (name, entry["other"] or "")
+        for entry in ENTRY.finditer(section)
+        for name in re.findall(r"\w+", re.sub(r"\s+and\s+", ", ", entry["names"]))
+    ]
+
+
 def documented(section: str) -> list[str]:
-    """The arguments that an Args section names, in order."""
-    names = re.findall(r"^    \*{0,2}(\w+(?:, \w+)*):", section, re.MULTILINE)
-    return [name for group in names for name in group.split(", ")]
+    """What a section says itself, in order."""
+    return [name for name, other in entries(section) if not other]
+
+
+def arguments_at_fault(
+    function: Callable[..., Any], functions: dict[str, Callable[..., Any]]
+) -> list[str]:
+    """What an Args section leaves out, adds, repeats, misplaces or wrongly refers to.
+
+    What is said and what is left to another function each follow the signature. That
+    function has to say it: who follows a reference finds no second one.
+    """
+    found = entries(sections(inspect.getdoc(function) or "")["Args"])
+    parameters = list(inspect.signature(function).parameters)
+    faults = [n for n in parameters if [name for name, _ in found].count(n) != 1]
+    for group in (
+        [name for name, other in found if not other],
+        [name for name, other in found if other],
+    ):
+        faults += [name for name in group if name not in parameters]
+        faults += [] if group == [n for n in parameters if n in group] else group
+    by_name = {name.rpartition(".")[2]: f for name, f in functions.items()}
+    for name, other in found:
+        if other:
+            there = by_name.get(other.rpartition(".")[2])
+            text = sections((there and inspect.getdoc(there)) or "").get("Args", "")
+            faults += [] if name in documented(text) else [f"{name} of {other}"]
+    return faults
 
 
 def test_python_of_the_readme_runs_in_order() -> None:
@@ -73,13 +118,50 @@ def test_readme_names_every_public_function_and_option() -> None:
     assert missing == set()
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/results/README.md"])
+def test_links_of_a_page_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text("utf-8"))
     local = [t for t in targets if not t.startswith("https://")]
     assert local
     # The notebook is generated from its source, `make notebooks`.
     sources = [re.sub(r"\.ipynb$", ".py", target) for target in local]
-    assert [s for s in sources if not (ROOT / s).exists()] == []
+    folder = (ROOT / page).parent
+    assert [s for s in sources if not (folder / s).exists()] == []
+
+
+def test_readme_is_short_and_starts_with_what_people_ask() -> None:
+    assert README.count("\n") <= 220
+    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    assert headings[0] == "Logits, softmax and the loss"
+    before, _, rest = README.partition("\n## ")
+    assert re.findall(r"^make (\w+)", before, re.MULTILINE) == ["demo", "test"]
+    answer = rest.partition("\n## ")[0]
+    for words in ("unscaled scores", "epsilon", "one-hot", "per example"):
+        assert words in answer.replace("\n", " ")
+    assert "[0.1, 0.3, 0.5, 0.9]" in answer
+    assert "[0.16838508, 0.205666, 0.25120102, 0.37474789]" in answer
+
+
+def test_measurements_of_the_pages_are_those_that_the_report_renders() -> None:
+    files, tables = sorted(RESULTS.glob("*.json")), RESULTS / "README.md"
+    assert files
+    shown = README.partition(report.START)[2].partition(report.END)[0]
+    assert shown.strip("\n") == report.for_readme(files, ROOT, tables)
+    assert tables.read_text("utf-8") == report.all_tables(files, RESULTS)
+
+
+def test_readme_shows_one_picture_and_one_small_table_of_measurements() -> None:
+    pictures = re.findall(r"!\[", README)
+    shown = README.partition(report.START)[2].partition(report.END)[0]
+    assert len(pictures) == shown.count("![") == 1
+    rows = re.findall(r"^\| (?!---)", shown, re.MULTILINE)[1:]
+    assert 1 <= len(rows) <= 10
+
+
+def test_targets_of_make_in_the_readme_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", README, re.MULTILINE))
+    assert {"demo", "test"} <= named <= set(targets)
 
 
 def test_there_are_public_functions() -> None:
@@ -117,9 +199,57 @@ def test_docstring_shows_the_formula_before_the_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments_are_documented_in_the_order_of_the_signature(name: str) -> None:
-    function = FUNCTIONS[name]
-    text = sections(inspect.getdoc(function) or "")["Args"]
-    assert documented(text) == list(inspect.signature(function).parameters)
+    assert arguments_at_fault(FUNCTIONS[name], FUNCTIONS) == []
+
+
+def _first(logits: Any, weights: Any = None, reduction: Any = "none") -> None:
+    """Says it.
+
+    Args:
+        logits: scores.
+        weights, reduction: one entry for
+            both: of the second line nothing is taken for an argument.
+    """
+
+
+def _second(kernel: Any, weights: Any, bias: Any, reduction: Any) -> None:
+    """Refers.
+
+    Args:
+        kernel: as wide as logits.
+        bias: what is added.
+        `weights`,
+        `reduction`: as in
+            `first`, in every case.
+    """
+
+
+def _third(kernel: Any, weights: Any, bias: Any) -> None:
+    """Refers to what does not say it, and to no function.
+
+    Args:
+        weights: as in `second`.
+        kernel and bias: as in `nothing`.
+    """
+
+
+def _fourth(a: Any, b: Any, c: Any) -> None:
+    """Is out of order, leaves one out and adds one.
+
+    Args:
+        b: the second.
+        a: the first.
+        d: none.
+    """
+
+
+def test_an_argument_may_be_left_to_a_function_that_documents_it() -> None:
+    functions = {"package.first": _first, "package.second": _second}
+    assert arguments_at_fault(_first, functions) == []
+    assert arguments_at_fault(_second, functions) == []
+    third = ["weights of second", "kernel of nothing", "bias of nothing"]
+    assert set(arguments_at_fault(_third, functions)) >= set(third)
+    assert set(arguments_at_fault(_fourth, functions)) == {"a", "b", "c", "d"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
