@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import run
 from benchmarks.cases import FORWARD, FUSED, VALUE_AND_GRADIENT, Case, fused_on_gpu
 from benchmarks.peers import Peers
+from jaxlosses._backends import choose
 
 # Of the data sheet and of what the driver reports.
 _H100 = """
@@ -129,7 +130,7 @@ def _facts(
     factors = (shape((B, D), dtype), shape((D, V), dtype))
     arguments = factors if fused else (shape((B, V), dtype),)
     # The fused loss asks for the backend, which here is the host's.
-    with mock.patch.object(jax, "default_backend", return_value=platform):
+    with mock.patch.object(choose, "is_cpu", return_value=platform == "cpu"):
         traced = jax.jit(function).trace(*arguments, shape((B,), jnp.int32))
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
     text = compiled.as_text()

@@ -123,7 +123,8 @@ def _narrowed(x: Any, ignored: int | None) -> tuple[Any, int | None]:
     if jax.dtypes.canonicalize_dtype(wide.dtype) == wide.dtype:
         return x, ignored
     most = np.iinfo(np.int32).max
-    ids = np.where((wide < 0) | (wide > most), -1, wide).astype(np.int32)
+    fits = (wide >= 0) & (wide <= most)
+    ids = np.where(fits, np.where(fits, wide, 0).astype(np.int32), np.int32(-1))
     if ignored is None or 0 <= ignored <= most:
         return ids, ignored
     return np.where(wide == ignored, np.int32(-2), ids), -2
@@ -301,7 +302,7 @@ def fused_where(
     return x, None
 
 
-def strategy(x: Any) -> str:
+def strategy(x: Any) -> Any:
     """How the fused loss goes through the logits."""
     _demand(
         isinstance(x, str) and x in _STRATEGIES,
@@ -311,7 +312,7 @@ def strategy(x: Any) -> str:
         f"one of {', '.join(map(repr, _STRATEGIES))}",
         '"auto" chooses; the docstring says how.',
     )
-    return str(x)
+    return x
 
 
 def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> None:

@@ -1,7 +1,7 @@
 """From logit statistics to a loss: every option that acts on `[B]` vectors.
 
 This is ordinary differentiated JAX, written once for every way of computing the
-statistics.
+statistics. A loss that is a function of them is one more term in `_unweighted`.
 """
 
 from typing import Literal, NamedTuple
@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
+
+from jaxlosses._math import statistics
+from jaxlosses._math.classes import Inputs, Spec, Values, label_ids
+from jaxlosses._math.statistics import Statistics
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -72,6 +76,13 @@ class Coefficients(NamedTuple):
     main: Float[Array, ""] | None = None
 
 
+class Losses(NamedTuple):
+    """The loss of each example, and its metrics if they are wanted."""
+
+    loss: Float[Array, "*B"]
+    stats: Stats | None
+
+
 class Masses(NamedTuple):
     """What the two parts of a mean are divided by: sums over the examples that count.
 
@@ -82,6 +93,50 @@ class Masses(NamedTuple):
 
     nll: Float[Array, ""]
     z_loss: Float[Array, ""] | None
+
+
+def losses(
+    spec: Spec,
+    inputs: Inputs,
+    found: Statistics,
+    coefficients: Coefficients,
+    weighed: Coefficients,
+    example: Example,
+    plain_nll: Values | None = None,
+) -> Losses:
+    """Losses and metrics from the statistics, whose class axes are of size 1.
+
+    Args:
+        spec: of the statistics.
+        inputs: their arguments.
+        found: their values.
+        coefficients: of the options.
+        weighed: of the loss: the same, or those of `for_mean`.
+        example: what else is known of each example.
+        plain_nll: `nll` without class weights, where they are in that of `found`.
+    """
+
+    def squeezed(a: Array) -> Array:
+        return jnp.squeeze(a, spec.axes)
+
+    lse = statistics.lse(spec, inputs, found)
+    terms = jax.tree.map(squeezed, Terms(lse, found.nll, found.smooth))
+    loss = per_example(weighed, terms, example)
+    if found.predicted is None:
+        return Losses(loss, None)
+    inputs, terms, coefficients = lax.stop_gradient((inputs, terms, coefficients))
+    nll = terms.nll if plain_nll is None else squeezed(plain_nll)
+    z_loss = jnp.zeros_like(nll)
+    if coefficients.z_loss is not None:
+        z_loss = penalty(coefficients.z_loss, terms.lse)
+    correct = (found.predicted == label_ids(spec, inputs)) & (found.predicted >= 0)
+    correct = squeezed(correct if inputs.counted is None else correct & inputs.counted)
+    stats = Stats(terms.lse, nll, z_loss, squeezed(found.predicted), correct)
+    if example.weights is None:
+        return Losses(loss, stats)
+    on = example.weights != 0
+    stats = jax.tree.map(lambda a: jnp.where(on, a, jnp.zeros_like(a)), stats)
+    return Losses(loss, stats)
 
 
 def per_example(

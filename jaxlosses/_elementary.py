@@ -14,7 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxlosses import _pairs
+from jaxlosses._math import pairs
+from jaxlosses._platform import by_platform
+from jaxlosses._sizes import are_numbers
 
 Values = Float[Array, "..."]
 
@@ -54,6 +56,26 @@ def one_minus_exp(x: Values) -> Values:
     return _chosen(x, _one_minus_exp, lambda x: -jnp.expm1(-x))
 
 
+def exp_of_row(x: Values, logits: Values) -> Values:
+    """`exp(x)` of numbers of the shape of some logits.
+
+    16-bit rows too short for a vector are converted one by one by XLA:CPU. Nothing that
+    saves operations per vector is of use there, and its own exponential is as fast.
+    """
+    size = logits.shape[-1]
+    is_tiny = logits.dtype.itemsize == 2 and are_numbers(size) and size < 16
+    return jnp.exp(x) if is_tiny else exp(x)
+
+
+def kept_per_example(x: Values) -> Values:
+    """`1 / (1 + x)`: NaN where `x` is, and a quotient.
+
+    What each class needs of its example, XLA:CPU computes anew for each class, unless
+    it is a quotient (benchmarks/NOTES.md, "What a row needs, as quotients").
+    """
+    return 1 / (1 + x)
+
+
 def _with_slope(
     f: Callable[[Values], Values], slope: Callable[[Values, Values], Values]
 ) -> Callable[[tuple[Values], tuple[Values]], tuple[Values, Values]]:
@@ -78,7 +100,7 @@ def _chosen(
 ) -> Values:
     if x.dtype != jnp.float32:
         return general(x)
-    return lax.platform_dependent(x, cpu=on_cpu, default=general)
+    return by_platform(on_cpu, general, x)
 
 
 def _exp(x: Values) -> Values:
@@ -90,7 +112,7 @@ def _exp(x: Values) -> Values:
 def _expm1(x: Values) -> Values:
     """`2^n (exp(r) - 1) + (2^n - 1)`, in which the second term is exact or -1."""
     power, r = _reduced(x)
-    beyond = r * _pairs.series_of_exp(r, 1, 7)
+    beyond = r * pairs.series_of_exp(r, 1, 7)
     return jnp.where(x < _LOWEST, -1, power * beyond + (power - 1))
 
 
@@ -106,7 +128,7 @@ def _log1p(x: Values) -> Values:
     With `s = f / (2 + f)`, that is `log((1 + s) / (1 - s)) = 2 (s + s^3 / 3 + ...)`,
     written as `f - s (f - 2 (s^2 / 3 + ...))` so that the first term has no error.
     """
-    near, lost = _pairs.add(x, jnp.ones_like(x))
+    near, lost = pairs.add(x, jnp.ones_like(x))
     lost = jnp.where(x < 2**24, lost / near, 0)
     # 1 + f is between sqrt(1/2) and sqrt(2).
     bits = lax.bitcast_convert_type(near, jnp.int32)

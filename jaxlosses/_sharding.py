@@ -1,17 +1,24 @@
-"""Arrays on a mesh of explicit axes, where the type of an array says how it is split.
+"""How arrays are split over devices: by explicit axes, and inside a `shard_map`.
 
-JAX refuses there what its partitioner would settle by itself: operands of one operation
-that are split in different ways, and a custom rule whose cotangent is split unlike its
-primal. So everything that one pass reads is first brought to one split. `reshard` is
+On a mesh of explicit axes the type of an array says how it is split. JAX refuses there
+what its partitioner would settle by itself: operands of one operation that are split in
+different ways, and a custom rule whose cotangent is split unlike its primal. So
+everything that one pass reads is first brought to one split. `reshard` is
 differentiable: its transpose brings the cotangent back to the split of the argument.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxlosses._math.classes import Whole
+from jaxlosses._sizes import Size
 
 # A tree of arrays, in which None stands for what is not given.
 Arrays = TypeVar("Arrays")
@@ -50,6 +57,11 @@ def as_ids(ids: Any) -> NamedSharding | None:
     """The type of what is looked up for each id; None where JAX derives it."""
     mesh = explicit_mesh(ids)
     return None if mesh is None else NamedSharding(mesh, P(*split_of(ids)))
+
+
+def of_splits(*records: type) -> Any:
+    """Records of arrays, to be filled with how each of them is split."""
+    return records
 
 
 def partitions(arrays: Arrays, splits: Arrays) -> Arrays:
@@ -99,3 +111,56 @@ def by_hand(
         axis_names=set(mesh.explicit_axes),
     )
     return split(reshard(mesh, arrays, splits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards(Whole):
+    """The classes are split over axes of a mesh, equally, inside a `shard_map`."""
+
+    names: tuple[str, ...]
+
+    def sum(self, a: Array) -> Array:
+        return lax.psum(a, self.names)
+
+    def max(self, a: Array) -> Array:
+        return lax.pmax(a, self.names)
+
+    def min(self, a: Array) -> Array:
+        return lax.pmin(a, self.names)
+
+    def count(self) -> int:
+        return lax.axis_size(self.names)
+
+    def first_id(self, size: Size) -> Size | Array:
+        return size * lax.axis_index(self.names)
+
+
+def shards_over(names: tuple[str, ...]) -> Whole:
+    """How reductions over classes come together that mesh axes split, or none."""
+    return Shards(names) if names else Whole()
+
+
+def varying_axes(a: Any) -> frozenset[str]:
+    """Mesh axes of a `shard_map` along which an array, or a shape, may differ."""
+    aval: Any = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
+    manual = aval.manual_axis_type
+    return frozenset() if manual is None else manual.varying
+
+
+def summed_like(cotangent: Array, primal: Any) -> Array:
+    """Inside a `shard_map`, sums a cotangent over axes on which its primal is equal."""
+    axes = varying_axes(cotangent) - varying_axes(primal)
+    return lax.psum(cotangent, tuple(sorted(axes))) if axes else cotangent
+
+
+def typed_like(a: Array, like: Any) -> Array:
+    """Inside a `shard_map`, an array typed as varying wherever another one is."""
+    axes = tuple(sorted(varying_axes(like) - varying_axes(a)))
+    return lax.pcast(a, axes, to="varying") if axes else a
+
+
+def scan(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
+    """`lax.scan`, with constants at the start typed as the loop makes them."""
+    first = jax.tree.map(lambda a: a[0], xs)
+    like, _ = jax.eval_shape(body, start, first)
+    return lax.scan(body, jax.tree.map(typed_like, start, like), xs)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxlosses import _checks, _sharding, _statistics
-from jaxlosses._statistics import Inputs, Mask, Spec, Values
+from jaxlosses import _checks, _sharding
+from jaxlosses._math.classes import Inputs, Mask, Spec, Values, any_class
+from jaxlosses._math.statistics import normalize
 
 
 @_checks.has_own_messages
@@ -72,12 +73,7 @@ def log_softmax(
     where `m` is the largest logit and the sum leaves out one class at the maximum.
 
     Args:
-        logits: float16, bfloat16, float32 or float64: unscaled scores.
-        axis: class axis, a tuple of axes whose flattening are the classes, or None
-            for all axes.
-        where: bool. Of the logits' rank and broadcastable to them: the classes that
-            exist. Of the shape of the logits without the class axes: the examples
-            with classes.
+        `logits`, `axis`, `where`: as in `softmax`.
 
     Returns:
         Log-probabilities in nats, of the shape and dtype of the logits, computed in
@@ -89,8 +85,7 @@ def log_softmax(
         ValueError: an argument has the wrong shape or range.
 
     Differentiation:
-        Forward and reverse mode, to any order, by a `custom_jvp`. The backward pass
-        keeps the logits and two numbers per example, and rebuilds the probabilities.
+        As of `softmax`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -181,11 +176,11 @@ def _rebuilt(
 def _normalizer(
     spec: Spec, logits: Values, where: Mask | None
 ) -> tuple[Values, Values]:
-    _, peak, spread = _statistics.normalize(spec, Inputs(logits, None, where))
+    _, peak, spread = normalize(spec, Inputs(logits, None, where))
     if where is None:
         return peak, spread
     # Without a class both are NaN, which `jax_debug_nans` finds in what is kept.
-    some = _statistics.any_class(spec, where)
+    some = any_class(spec, where)
     return jnp.where(some, peak, 0), jnp.where(some, spread, 0)
 
 

@@ -193,17 +193,7 @@ def check_loss(
 
 def _table(checks: Iterable[Check]) -> str:
     """The checks as aligned text, one line each."""
-    head = (
-        "dtype",
-        "scale",
-        "quantity",
-        "against",
-        "error",
-        "position",
-        "got",
-        "expected",
-    )
-    lines = [head] + [
+    lines = [Check._fields] + [
         (
             check.dtype,
             f"{check.scale:g}",
@@ -216,7 +206,7 @@ def _table(checks: Iterable[Check]) -> str:
         )
         for check in checks
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(Check._fields))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) for cell, width in zip(line, widths, strict=True)

@@ -1,4 +1,4 @@
-"""Imports run one way, and the package needs nothing that it does not declare."""
+"""Each room knows what it may, and the package needs nothing undeclared."""
 
 import ast
 import pathlib
@@ -12,23 +12,55 @@ import pytest
 import jaxlosses
 
 PACKAGE = pathlib.Path(jaxlosses.__file__).parent
-MODULES = {path.stem: path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def dotted(path: pathlib.Path) -> str:
+    """The name of a module inside the package; that of a folder for its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
+
+
+MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
+FOLDERS = {"_math", "_backends"}
 
 # Lower layers know nothing of higher ones. `_checks` is open to everyone.
 LAYERS = [
-    {"_pairs", "_sharding", "_sizes"},
-    {"_elementary", "_softcap"},
-    {"_statistics"},
-    {"_combine", "_logits", "_chunked"},
-    {"_cross_entropy", "_softmax", "_linear"},
+    {"_sizes"},
+    {"_platform", "_math.pairs"},
+    {"_elementary", "_math.softcap"},
+    {"_math.classes"},
+    {"_math.transform", "_sharding"},
+    {"_math.statistics"},
+    {"_math.gradient", "_combine"},
+    {"_rules", "_options"},
+    {"_backends.head", "_backends.cpu"},
+    {"_backends.chunks"},
+    {"_backends.choose", "_backends.tokens", "_backends.vocab"},
+    {"_backends.logits", "_backends.recompute"},
+    {"_cross_entropy", "_softmax"},
+    {"_linear"},
     {"testing"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# The pass over the logits knows of no option, and the options of no pass.
-APART = {"_combine": {"_logits", "_chunked"}, "_logits": {"_combine"}}
-APART["_chunked"] = {"_combine"}
+# What the modules of a room may import of the package; others may import all below.
+KNOWS = {
+    "_math": {"_math", "_elementary", "_sizes"},
+    "_combine": {"_math"},
+    "_options": {"_math", "_combine", "_sharding", "_sizes", "_checks"},
+    "_rules": {"_math", "_sharding"},
+    "_backends": {
+        *("_backends", "_rules", "_math", "_elementary"),
+        *("_sharding", "_platform", "_sizes"),
+    },
+}
+# What a trace can ask about the machine, asked in one room.
+QUESTIONS = {"platform_dependent", "optimization_barrier", "default_backend"}
+QUESTIONS |= {"devices", "device_count", "local_devices", "get_abstract_mesh"}
+# What mathematics neither has nor makes: it is handed in.
+MACHINERY = {"scan", "while_loop", "fori_loop", "cond", "map", "pcast", "shard_map"}
+MACHINERY |= {"psum", "pmax", "pmin", "all_gather", "axis_index", "axis_size"}
 
 RUNTIME = {"jax", "jaxlib", "numpy", "chex", "jaxtyping"}
 # Compared with when it is there, and only then imported.
@@ -65,17 +97,78 @@ def own_modules(found: Import) -> set[str]:
         # `import jaxlosses` and public names go through `__init__`.
         names = {name if name in MODULES else "__init__" for name in found.names}
         return names or {"__init__"}
-    if found.module.startswith("jaxlosses."):
-        return {found.module.removeprefix("jaxlosses.")}
-    return set()
+    if not found.module.startswith("jaxlosses."):
+        return set()
+    module = found.module.removeprefix("jaxlosses.")
+    if module in FOLDERS:
+        return {f"{module}.{name}" for name in found.names}
+    return {module}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def called(tree: ast.Module) -> set[str]:
+    """Names of `jax` and `jax.lax` that a module uses, by attribute or import."""
+    found = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) in ("jax", "lax", "jax.lax", "jax.sharding")
+    }
+    return found.union(*(i.names for i in imports(tree) if room(i.module) == "jax"))
 
 
 def test_every_module_has_its_place() -> None:
-    assert set(MODULES) - {"__init__", "_checks"} <= set(LEVEL)
-    assert {"_statistics", "_combine", "_logits", "_cross_entropy"} <= set(MODULES)
+    assert set(MODULES) - {"__init__", "_checks", *FOLDERS} == set(LEVEL)
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if m != "__init__"])
+def test_one_room_asks_for_the_platform() -> None:
+    asking = {name for name, tree in TREES.items() if called(tree) & QUESTIONS}
+    # The report says where it ran; a message about an axis looks at the mesh.
+    assert asking - {"__main__", "_checks"} == {"_platform"}
+
+
+def test_the_mathematics_has_no_loop_no_barrier_and_no_collective() -> None:
+    for name, tree in TREES.items():
+        if room(name) == "_math":
+            assert called(tree) & (QUESTIONS | MACHINERY) == set(), name
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if room(m) in KNOWS])
+def test_a_room_knows_what_it_may_and_no_more(name: str) -> None:
+    others = set().union(*map(own_modules, imports(TREES[name])))
+    assert set(map(room, others)) <= KNOWS[room(name)]
+
+
+def test_statistics_have_one_reverse_and_one_forward_rule() -> None:
+    registered = [
+        (name, node.func.attr, ast.unparse(node.func.value))
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "defvjp"
+    ]
+    # Beside it: a matmul, and the sum that forms its gradient in the forward pass.
+    assert sorted(registered) == [
+        ("_backends.head", "defvjp", "logits"),
+        ("_backends.tokens", "defvjp", "summed"),
+        ("_rules", "defvjp", "_reverse"),
+    ]
+
+
+def test_no_room_is_too_large_to_read() -> None:
+    lines = {
+        name: path.read_text("utf-8").count("\n") for name, path in MODULES.items()
+    }
+    assert max(n for name, n in lines.items() if name != "_checks") <= 400
+
+
+@pytest.mark.parametrize(
+    "name", [m for m in MODULES if m not in {"__init__"} | FOLDERS]
+)
 def test_imports_run_from_the_public_modules_to_the_statistics(name: str) -> None:
     for found in imports(TREES[name]):
         for other in own_modules(found):
@@ -87,7 +180,6 @@ def test_imports_run_from_the_public_modules_to_the_statistics(name: str) -> Non
             else:
                 assert name in LEVEL, f"{where}, which is above it"
                 assert LEVEL[other] <= LEVEL[name], f"{where}, which is above it"
-                assert other not in APART.get(name, set()), where
 
 
 def test_checks_know_no_other_module() -> None:

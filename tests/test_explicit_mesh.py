@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxlosses as jl
-from jaxlosses import _logits
+from jaxlosses._backends import choose
 
 B, V, D = 8, 16, 8
 BOTH = ("data", "model")
@@ -246,7 +246,7 @@ def test_rows_on_explicit_axes_of_one_device_are_not_cut_into_blocks(
     mesh: jax.sharding.Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outside of `jax.set_mesh` the mesh is known from the arrays' types alone."""
-    monkeypatch.setattr(_logits, "_num_cpus", lambda: 1)
+    monkeypatch.setattr(choose, "is_local", lambda: True)
     logits = np.random.default_rng(0).normal(size=(3, B, V)).astype(np.float32)
     ids = np.zeros((3, B), np.int32)
     given = place(mesh, logits, (None, *BOTH))

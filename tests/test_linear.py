@@ -22,6 +22,9 @@ from test_transforms import compilations
 from tolerances import accumulated, assert_gradient, assert_loss
 
 import jaxlosses as jl
+from jaxlosses._backends import choose
+from jaxlosses._backends.chunks import Plan
+from jaxlosses._backends.head import Head
 
 linear = jl.linear_softmax_cross_entropy
 
@@ -1224,32 +1227,23 @@ def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
 def plan_of(
     size: tuple[int, int, int],
     workspace: int,
-    labels: Any = None,
+    strategy: Any = "auto",
+    reduction: str = "none",
     local: bool = True,
-    **static: Any,
-) -> tuple[str, jl._chunked.Plan]:
+    **request: bool,
+) -> tuple[str, Plan]:
     """The strategy and how it cuts."""
-    chosen: list[tuple[str, jl._chunked.Plan]] = []
     examples, features, classes = size
-    labels = jnp.zeros(examples, jnp.int32) if labels is None else labels
-    plan = jl._linear._plan
-
-    def spy(*arguments: Any) -> Any:
-        out = plan(*arguments)
-        chosen.append(out)
-        return out
-
-    def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        return linear(hidden, kernel, labels, workspace_bytes=workspace, **static)
-
-    shapes = [
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((examples, features), (features, classes))
-    ]
+    factors = Head(
+        jax.ShapeDtypeStruct((examples, features), jnp.float32),
+        jax.ShapeDtypeStruct((features, classes), jnp.float32),
+        None,
+    )
+    wanted = {"dense": False, "forward_mode": False} | request
+    need = choose.Request(summed=reduction != "none", **wanted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jl._linear, "_plan", spy)
-        jax.eval_shape(on_one_device(loss) if local else loss, *shapes)
-    return chosen[0]
+        patch.setattr(choose, "is_local", lambda: local)
+        return choose.plan("dv", factors, need, strategy, workspace)
 
 
 def planned(*arguments: Any, **options: Any) -> str:
@@ -1265,8 +1259,7 @@ def test_chunks_are_equal_where_an_accelerator_would_pad_them(
     # With what else a chunk needs, 20 / 3 of the workspace.
     _, plan = plan_of(size, logits // 5, **options)
     assert (plan.num_chunks, plan.kernel_pieces) == (7, 1)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jax.clear_caches()  # or nothing would be planned anew
+    monkeypatch.setattr(choose, "is_cpu", lambda: False)
     _, plan = plan_of(size, logits // 5, **options)
     assert (plan.num_chunks, plan.kernel_pieces) == (8, 1)
     # A prime number of examples has no equal chunks.
@@ -1285,8 +1278,7 @@ def test_auto_takes_the_strategy_that_is_documented() -> None:
     # Not the logits of 64 examples.
     assert planned(size, logits // 5, reduction="mean") == "vocab"
     assert planned(size, logits // 5, reduction="mean", local=False) == "tokens"
-    distributions = jnp.ones((256, 1024))
-    assert planned(size, 1000, distributions, local=False) == "dense"
+    assert planned(size, 1000, dense=True, local=False) == "dense"
 
 
 # Lowering

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpmath import mp
 
-from jaxlosses import _pairs, _softcap
+from jaxlosses._math import pairs, softcap
 
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -42,8 +42,8 @@ def test_a_difference_has_all_its_digits(dtype: str, cap: float) -> None:
     a, b = logits_within(cap, dtype)
     want = exact(cap, a, b)
     with jax.enable_x64(dtype == "float64"):
-        got = jax.jit(_softcap.difference, static_argnums=0)(cap, a, b)
-        pair = jax.jit(_softcap.exact_difference, static_argnums=0)(cap, a, b)
+        got = jax.jit(softcap.difference, static_argnums=0)(cap, a, b)
+        pair = jax.jit(softcap.exact_difference, static_argnums=0)(cap, a, b)
         got, high, low = (np.asarray(x) for x in (got, *pair))
     of_one, of_pair = BOUNDS[dtype]
     assert got.dtype == high.dtype == low.dtype == dtype
@@ -59,8 +59,8 @@ def test_the_cap_holds_at_the_ends_of_the_numbers(dtype: str, cap: float) -> Non
     a = np.array([-largest, -1.0, 0.0, 1.0, largest, np.inf, -np.inf, np.nan])
     with jax.enable_x64(dtype == "float64"):
         logits = jnp.asarray(a, dtype)
-        got = np.asarray(_softcap.difference(cap, logits, jnp.zeros_like(logits)))
-        slope = np.asarray(_softcap.slope(cap, logits))
+        got = np.asarray(softcap.difference(cap, logits, jnp.zeros_like(logits)))
+        slope = np.asarray(softcap.slope(cap, logits))
     # 1e30 stands for any larger cap.
     limit = min(cap, 1e30)
     want = [-limit, limit * np.tanh(-1 / limit), 0, limit * np.tanh(1 / limit), limit]
@@ -76,9 +76,9 @@ def test_the_slope_is_exact_where_the_cap_is_reached(dtype: str) -> None:
     with mp.workdps(60):
         want = [float(mp.sech(mp.mpf(float(z)) / 5) ** 2) for z in a]
     with jax.enable_x64(dtype == "float64"):
-        got = jax.jit(_softcap.slope, static_argnums=0)(5.0, jnp.asarray(a))
+        got = jax.jit(softcap.slope, static_argnums=0)(5.0, jnp.asarray(a))
         _, tangent = jax.jvp(
-            lambda z: _softcap.difference(5.0, z, jnp.zeros_like(z)),
+            lambda z: softcap.difference(5.0, z, jnp.zeros_like(z)),
             (jnp.asarray(a),),
             (jnp.ones(a.shape, dtype),),
         )
@@ -93,7 +93,7 @@ def test_a_sum_of_two_is_exact(dtype: str) -> None:
     a = (rng.normal(size=500) * 10.0 ** rng.integers(-8, 8, 500)).astype(dtype)
     b = (rng.normal(size=500) * 10.0 ** rng.integers(-8, 8, 500)).astype(dtype)
     with jax.enable_x64(dtype == "float64"):
-        high, low = map(np.asarray, jax.jit(_pairs.add)(jnp.asarray(a), jnp.asarray(b)))
+        high, low = map(np.asarray, jax.jit(pairs.add)(jnp.asarray(a), jnp.asarray(b)))
     assert np.all(np.abs(low) <= np.spacing(np.abs(high)) / 2)
     for numbers in zip(a, b, high, low, strict=True):
         x, y, h, low_part = (fractions.Fraction(float(n)) for n in numbers)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlosses import _pairs
-from jaxlosses._pairs import Pair
+from jaxlosses._math import pairs
+from jaxlosses._math.pairs import Pair
 
 Values = Float[Array, "..."]
 
@@ -63,14 +63,14 @@ def _difference(cap: float, a: Values, b: Values) -> Pair:
     dtype, exact = a.dtype, fractions.Fraction(min(cap, _LARGEST))
     limit = float(_REACHED * exact)
     a, b = jnp.clip(a, -limit, limit), jnp.clip(b, -limit, limit)
-    g = _pairs.exp(_pairs.of(-b), 2 / exact)
-    twice = _pairs.constant(2 * exact, dtype, jnp.finfo(dtype).nmant + 1)
-    beside = _pairs.add_pairs(g, _pairs.of(jnp.ones_like(b)))
-    s = _pairs.multiply(_pairs.divide(g, beside), twice)
-    s = _pairs.add_to_larger(*s)
-    y = _pairs.exp(_pairs.add(a, -b), 2 / exact)
-    behind = _pairs.add_to_larger(*_pairs.add_pairs(y, _pairs.of(-jnp.ones_like(a))))
-    return _pairs.multiply(s, _pairs.divide(behind, _pairs.add_pairs(g, y)))
+    g = pairs.exp(pairs.of(-b), 2 / exact)
+    twice = pairs.constant(2 * exact, dtype, jnp.finfo(dtype).nmant + 1)
+    beside = pairs.add_pairs(g, pairs.of(jnp.ones_like(b)))
+    s = pairs.multiply(pairs.divide(g, beside), twice)
+    s = pairs.add_to_larger(*s)
+    y = pairs.exp(pairs.add(a, -b), 2 / exact)
+    behind = pairs.add_to_larger(*pairs.add_pairs(y, pairs.of(-jnp.ones_like(a))))
+    return pairs.multiply(s, pairs.divide(behind, pairs.add_pairs(g, y)))
 
 
 def slope(cap: float, a: Values) -> Values:

@@ -1,0 +1,380 @@
+"""Given logits on a CPU: rows in blocks that are read again from cache.
+
+Four readings: `FEW` of plain logits of few classes, class by class; `BLOCK` of rows in
+cache, by reductions that are fast there; `SAMPLE` the same without a search for the
+largest logit. What each gains, and how it was found, is in benchmarks/NOTES.md.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array
+
+from jaxlosses._elementary import exp
+from jaxlosses._math import statistics
+from jaxlosses._math.classes import (
+    Ids,
+    Inputs,
+    Mask,
+    Spec,
+    Values,
+    accumulation_dtype,
+    ids_of_classes,
+    is_label,
+    largest,
+    total,
+)
+from jaxlosses._math.statistics import Partial, Reading, Statistics
+from jaxlosses._math.transform import gap_of, scaled, signed_of
+from jaxlosses._platform import in_memory, take
+from jaxlosses._sizes import Size
+
+Result = TypeVar("Result")
+
+# Logits of a block, about 4 MiB in float32: read from cache after the first time
+# (NOTES.md, "Blocks of about 2^20 logits").
+BLOCK_SIZE = 2**20
+# Up to so many classes, what is done with each is written out.
+FEW_CLASSES = 26
+
+# A sample saves less than it costs in shorter rows, and in rows that are no multiple
+# of a fold in those that are shorter than the second number.
+FEWEST_SAMPLED = (128, 512)
+# Where only sums are written, a block may be so many times as large (NOTES.md, "The
+# sample is spread, and each block decides").
+LARGER = 2
+# Classes among which the rival of a sampled row is looked for.
+_SAMPLE = 32
+# So many exponentials are added up before any is written: what one core has written is
+# slow to read for another. A loop over more would not be unrolled (NOTES.md, "Eight of
+# them added up").
+_LARGEST_FOLD = 8
+# float32 numbers of a vector of XLA:CPU.
+_LANES = 8
+# If one logit exceeds the largest of the sample by 32 nats, the terms of others are
+# rounded by half of 2^-19 of it.
+_LARGEST_MASS = math.exp(32)
+# A label that exceeds it by more may have an exponential of its lead that underflows.
+_LARGEST_LEAD = 80
+
+# XLA:CPU reduces longer rows at half the rate or less (NOTES.md, "Rows of a block").
+LONGEST_ROW = 2**15 - 1
+# Shorter ones cost more to start with than a copy.
+_MOST_PARTS = 64
+
+
+def evaluate(
+    spec: Spec, inputs: Inputs, rows: int | None = None, sampled: bool = True
+) -> Statistics:
+    """Statistics by blocks of rows, each small enough to be read again from cache.
+
+    Args:
+        spec: with the class axis last.
+        inputs: any batch axes.
+        rows: of a block; None for as many as fit.
+        sampled: whether plain rows may be sampled.
+    """
+    *batch, num_classes = inputs.logits.shape
+    plain = _is_plain(spec, inputs)
+    one_axis = dataclasses.replace(spec, axes=(1,))
+    # One batch axis; what all rows share keeps it at size 1.
+    inputs = jax.tree.map(
+        lambda a: a if a.ndim == 0 else a.reshape(-1, a.shape[-1]), inputs
+    )
+    num_rows = len(inputs.logits)
+    rows = rows_of_block(num_classes) if rows is None else rows
+    sampled = (
+        sampled and num_rows > rows and num_classes >= _fewest_sampled(num_classes)
+    )
+    if plain and num_classes <= FEW_CLASSES:
+        out = _of_few(one_axis, inputs)
+    elif spec.dense or spec.smooth or inputs.where is not None:
+        out = _by_rows(
+            lambda block: statistics.evaluate(one_axis, block(), BLOCK), inputs, rows
+        )
+    else:
+        sampled &= plain
+        read = _read_sampled if sampled else _read
+        if sampled and num_rows > LARGER * rows:
+            rows *= LARGER
+        part = _by_rows(functools.partial(read, one_axis), inputs, rows)
+        # What is left to do per row takes a single loop, and not one per block.
+        out = statistics.finish(one_axis, part, inputs)
+    return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
+
+
+def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
+    out = statistics.evaluate(spec, inputs, FEW)
+    if inputs.logits.dtype.itemsize == 2 and inputs.logits.shape[1] < 16:
+        return out  # converted one by one: no reduction is fast
+    # By a reduction: a comparison of columns would be made anew for each class of the
+    # gradient (NOTES.md, "The peak of few classes by a reduction").
+    peak = statistics.proper(largest(spec, signed_of(inputs)[0]))
+    if inputs.counted is not None:
+        peak = jnp.where(inputs.counted, peak, 0)
+    return out._replace(peak=peak)
+
+
+def _read(spec: Spec, block: Callable[[], Inputs]) -> Partial:
+    """What a loss on class ids needs of each row of a block."""
+    return statistics.partial(spec, block(), None, BLOCK)
+
+
+def _read_sampled(spec: Spec, block: Callable[[], Inputs]) -> Partial:
+    """The same without a search for the largest logit, if a sample is fit."""
+    inputs = block()
+    part = statistics.partial(spec, inputs, None, SAMPLE)
+    unsafe = ~is_safe(part)
+    if inputs.counted is not None:
+        unsafe &= inputs.counted
+    # Cut out anew: as an operand of both branches a block would be copied.
+    out: Partial = lax.cond(jnp.any(unsafe), lambda: _read(spec, block), lambda: part)
+    return out
+
+
+def _fewest_sampled(num_classes: int) -> int:
+    even, uneven = FEWEST_SAMPLED
+    return uneven if _fold_of(num_classes) is None else even
+
+
+def in_blocks(
+    spec: Spec, may_block: Callable[[Spec, Inputs], bool]
+) -> Callable[[Inputs], Statistics]:
+    """`evaluate` for a spec, of which `vmap` makes one of more rows."""
+    blocked = custom_vmap(functools.partial(evaluate, spec))
+
+    @blocked.def_vmap
+    def of_more_rows(
+        size: Size, mapped: list[Inputs], inputs: Inputs
+    ) -> tuple[Statistics, Any]:
+        (is_mapped,) = mapped
+        more = dataclasses.replace(spec, axes=tuple(axis + 1 for axis in spec.axes))
+        rows = _with_rows(size, is_mapped, inputs)
+        if rows is not None and may_block(more, rows):
+            out = in_blocks(more, may_block)(rows)
+        else:
+            in_axes = jax.tree.map(lambda here: 0 if here else None, is_mapped)
+            whole = functools.partial(statistics.evaluate, spec)
+            out = jax.vmap(whole, (in_axes,))(inputs)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return blocked
+
+
+def rows_of_block(num_classes: int) -> int:
+    """A power of two, which XLA:CPU shares out evenly between threads."""
+    return 2 ** max(0, round(math.log2(BLOCK_SIZE / num_classes)))
+
+
+def _with_rows(size: Size, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
+    """Inputs with a mapped axis as one more batch axis; None if it cannot be that."""
+    if is_mapped.scale or is_mapped.class_weights:
+        return None
+
+    def lead(a: Array, here: bool) -> Array:
+        return a if here or a.ndim == 0 else a[None]
+
+    def repeated(a: Array) -> Array:
+        return jnp.broadcast_to(a, (size, *a.shape[1:]))
+
+    rows = jax.tree.map(lead, inputs, is_mapped)
+    logits: Array
+    labels: Array
+    logits, labels, counted = jax.tree.map(
+        repeated, (rows.logits, rows.labels, rows.counted)
+    )
+    where = rows.where
+    if where is not None and where.size != logits.shape[-1]:
+        where = repeated(where)
+    return Inputs(logits, labels, where, counted, rows.class_weights, rows.scale)
+
+
+def _by_rows(
+    of_block: Callable[[Callable[[], Inputs]], Result], inputs: Inputs, rows: int
+) -> Result:
+    """A function of what cuts out a block, for one of so many rows after the other."""
+    num_rows = len(inputs.logits)
+    if rows >= num_rows:
+        return of_block(lambda: inputs)
+
+    def block(i: Array) -> Result:
+        def part(a: Array) -> Array:
+            if a.ndim == 0 or a.shape[0] != num_rows:
+                return a
+            return take(a, i * rows, rows)
+
+        return of_block(lambda: jax.tree.map(part, inputs))
+
+    def join(blocks: Array) -> Array:
+        # A slice clamps its start: the last block is whole, and overlaps.
+        head, tail = blocks[:-1].reshape(-1, 1), blocks[-1]
+        return jnp.concatenate([head, tail[len(head) - num_rows :]])
+
+    num_blocks = -(-num_rows // rows)
+    blocks: Result = jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))
+    return blocks
+
+
+def _is_plain(spec: Spec, inputs: Inputs) -> bool:
+    """Whether nothing but the logits and class ids is to be read."""
+    if spec.dense or spec.smooth or spec.predicted:
+        return False
+    return inputs.where is None and inputs.scale is None and spec.softcap is None
+
+
+def _partial_of_few(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The same for plain logits of few classes, class by class.
+
+    XLA:CPU makes it one loop over examples, each of whose steps is short
+    (benchmarks/NOTES.md, "Few classes, one by one").
+    """
+    del signed, magnitude  # of plain logits
+    (axis,) = spec.axes
+    logits = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
+    columns = jnp.split(logits, logits.shape[axis], axis)
+    at = [inputs.labels == j for j in range(len(columns))]
+    others = [jnp.where(a, -jnp.inf, z) for a, z in zip(at, columns, strict=True)]
+    rival = functools.reduce(jnp.maximum, others)
+    # Without any, -inf - (-inf) would be NaN.
+    base = jnp.where(rival == -jnp.inf, 0, rival)
+    mass = functools.reduce(jnp.add, [exp(z - base) for z in others])
+    found = [jnp.where(a, z, 0) for a, z in zip(at, columns, strict=True)]
+    label = functools.reduce(jnp.add, found)
+    return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
+
+
+def _partial_of_block(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The label's logit and its rivals, of a block of rows in cache."""
+    at_label = is_label(spec, inputs)
+    label = _gathered(inputs, signed, spec)
+    others = jnp.where(at_label, -jnp.inf, signed)
+    return Partial(label, *_rivals_in_cache(spec, others, magnitude))
+
+
+def _partial_of_sample(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The same for a block of plain logits, with the rival from a few of them.
+
+    Known before, the rival lets the sum begin where the exponentials are taken, so that
+    a part of them is written (benchmarks/NOTES.md, "The largest of a sample"). The
+    sample is spread over the row: in many vocabularies the first ids are control
+    tokens, whose logits lie far below the rest. `is_safe` says whether it was fit.
+    """
+    del magnitude  # of plain logits
+    logits, labels = inputs.logits, inputs.labels
+    num_rows, num_classes = logits.shape
+
+    def others(logits: Values, ids: Ids) -> Values:
+        wide = logits.astype(accumulation_dtype(logits.dtype))
+        return jnp.where(ids == labels, -jnp.inf, wide)
+
+    ids = ids_of_classes(spec, logits.shape)
+    step = num_classes // _SAMPLE
+    few = (slice(None), slice(None, step * _SAMPLE, step))
+    rival = largest(spec, in_memory(others(logits[few], ids[few])))
+    # Without any, -inf - (-inf) would be NaN.
+    base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
+
+    def mass(terms: Values) -> Values:
+        return total(spec, _each(_short_rows(terms), lambda a, _: jnp.sum(a, 1)))
+
+    fold = _fold_of(num_classes) or _LARGEST_FOLD
+    size = num_classes // (fold * _LANES) * (fold * _LANES)
+    terms = exp(others(logits[:, :size], ids[:, :size]) - base)
+    terms = terms.reshape(num_rows, -1, fold, _LANES)
+    # For a plain sum XLA:CPU calls a library, to which all terms would be written
+    # first; it does not for a sum of absolute values. No exponential is negative.
+    zero = jnp.zeros((), terms.dtype)
+    folded = lax.reduce(terms, zero, lambda a, b: a + jnp.abs(b), (2,))
+    found = mass(in_memory(folded).reshape(num_rows, -1))
+    if size < num_classes:
+        found += mass(exp(others(logits[:, size:], ids[:, size:]) - base))
+    return Partial(_gathered(inputs, signed, spec), rival, found)
+
+
+def _fold_of(num_classes: int) -> int | None:
+    """How many exponentials are added up at a time if none is to be left over."""
+    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
+    return next((n for n in folds if num_classes % (n * _LANES) == 0), None)
+
+
+def is_safe(part: Partial) -> Mask:
+    """Whether a sampled rival is near enough to the largest of the other logits.
+
+    It is one of them, so `mass` is at least one. If it is far below, the sum overflows
+    or is inexact, or the label is so far ahead that all underflows. NaN is not safe.
+    """
+    lead = part.label - part.rival
+    return (part.mass < _LARGEST_MASS) & (lead < _LARGEST_LEAD)
+
+
+def _gathered(inputs: Inputs, a: Values, spec: Spec) -> Values:
+    """The entry at the label, `-inf` without one."""
+    (axis,) = spec.axes
+    found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
+    # A loop that gathers is not vectorised: what follows is kept out of it.
+    found = in_memory(found)
+    return jnp.where(inputs.labels < 0, -jnp.inf, found)
+
+
+def _rivals_in_cache(
+    spec: Spec, others: Values, magnitude: Values | None
+) -> tuple[Values, Values]:
+    """The same of a block, by reductions that are fast on XLA:CPU."""
+    rows = _short_rows(others)
+    rival = largest(spec, _each(rows, lambda a, _: jnp.max(a, 1)))
+    base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
+
+    def mass(a: Values, parts: int) -> Values:
+        of_part = jnp.broadcast_to(base, (len(base), parts)).reshape(-1, 1)
+        gap = gap_of(spec, a, of_part)
+        if spec.softcap is not None:
+            gap = in_memory(gap)
+        # Not the exponential of `_elementary`: XLA:CPU has a library for a sum of its
+        # own exponentials, and would write ours to memory before they are summed.
+        return jnp.sum(jnp.exp(scaled(gap, magnitude)), 1)
+
+    return rival, total(spec, _each(rows, mass))
+
+
+def _short_rows(a: Values) -> list[tuple[Values, int]]:
+    """Arrays of the parts of each row, and how many those are.
+
+    XLA:CPU is fast at reductions of an array in memory, which must not be converted
+    from bfloat16, and of short rows: a long one is cut in equal parts. Without a
+    divisor of fit size, less than one entry per part is left over, at the price of a
+    copy.
+    """
+    num_rows, num_classes = a.shape
+    least = -(-num_classes // LONGEST_ROW)
+    exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
+    num_parts = next(exact, least)
+    width = num_classes // num_parts
+    cut, left = jnp.split(a, [width * num_parts], 1)
+    rows = [(in_memory(in_memory(cut).reshape(num_rows * num_parts, width)), num_parts)]
+    return [*rows, (in_memory(left), 1)] if left.shape[1] else rows
+
+
+def _each(
+    rows: list[tuple[Values, int]], reduced: Callable[[Values, int], Values]
+) -> Values:
+    """A reduction of every part of each row."""
+    found = [in_memory(reduced(a, parts)).reshape(-1, parts) for a, parts in rows]
+    return jnp.concatenate(found, 1)
+
+
+FEW = Reading(_partial_of_few, statistics.PLAIN.rivals)
+BLOCK = Reading(_partial_of_block, _rivals_in_cache)
+SAMPLE = Reading(_partial_of_sample, _rivals_in_cache)

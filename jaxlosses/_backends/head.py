@@ -1,0 +1,187 @@
+"""Logits as the product of hidden states and a kernel, and its cotangents.
+
+Matmuls run in the promoted dtype of hidden states and kernel, the *compute dtype*, and
+accumulate in float32 (float64 for float64); so do gradients, which are rounded once.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer
+
+from jaxlosses._math.classes import (
+    Inputs,
+    Mask,
+    Shaped,
+    Spec,
+    Values,
+    accumulation_dtype,
+)
+from jaxlosses._rules import cotangent_like
+from jaxlosses._sizes import Size
+
+Layout = Literal["dv", "vd"]
+
+
+class Head(NamedTuple):
+    """What the logits are the product of.
+
+    Attributes:
+        hidden: `B... D`.
+        kernel: `D V` or `V D`, by the layout.
+        bias: `V`, or None.
+
+    As a cotangent, None stands for zero.
+    """
+
+    hidden: Any
+    kernel: Any
+    bias: Float[Array, " V"] | None
+
+
+class Labels(NamedTuple):
+    """What belongs to each example, `B...`; masks of None stand for all of them."""
+
+    ids: Integer[Array, "*B"]
+    counted: Bool[Array, "*B"] | None
+
+
+_nothing: Any = None
+# In the place of their cotangents.
+NO_LABELS = Labels(_nothing, None)
+
+
+class Product(NamedTuple):
+    """What the statistics of logits `hidden @ kernel` depend on.
+
+    Attributes:
+        head: the factors of the logits.
+        class_weights: `V`, or None for ones.
+        scale: scalar factor of the logits, or None for one.
+        labels: ids and masks.
+        exists: classes that exist, or None for all.
+    """
+
+    head: Head
+    class_weights: Float[Array, " V"] | None
+    scale: Float[Array, ""] | None
+    labels: Labels
+    exists: Bool[Array, " V"] | None
+
+
+class Wants(NamedTuple):
+    """Which cotangents of a head are asked for."""
+
+    hidden: bool
+    kernel: bool
+    bias: bool
+
+
+def compute_dtype(head: Head) -> Any:
+    """The dtype of all three matmuls."""
+    # What strict promotion refuses is documented here.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(head.hidden.dtype, head.kernel.dtype)
+
+
+def classes_of(layout: Layout, kernel: Shaped) -> Size:
+    """How many classes the kernel has."""
+    return kernel.shape[1 if layout == "dv" else 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def logits(layout: Layout, head: Head) -> Float[Array, "*B V"]:
+    """All logits, in the accumulation dtype."""
+    return project(layout, head)
+
+
+def _logits_fwd(layout: Layout, head: Head) -> tuple[Array, Head]:
+    return project(layout, head), head
+
+
+def _logits_bwd(layout: Layout, head: Head, d_logits: Array) -> tuple[Head]:
+    d_head = pull(layout, head, d_logits, Wants(True, True, True))
+    return (jax.tree.map(cotangent_like, d_head, head),)
+
+
+logits.defvjp(_logits_fwd, _logits_bwd)
+
+
+def project(layout: Layout, head: Head) -> Float[Array, "*B V"]:
+    """The logits, by rules of JAX itself: for forward mode."""
+    hidden, kernel, bias = head
+    dtype = compute_dtype(head)
+    out = _dot(hidden, kernel, (hidden.ndim - 1,), (0 if layout == "dv" else 1,), dtype)
+    if bias is None:
+        return out
+    return out + jnp.broadcast_to(bias.astype(out.dtype), out.shape)
+
+
+def pull(layout: Layout, head: Head, d_logits: Array, wants: Wants) -> Head:
+    """Cotangents of the head, those that are asked for, in the accumulation dtype."""
+    dtype = compute_dtype(head)
+    batch = tuple(range(d_logits.ndim - 1))
+    d_hidden = d_kernel = d_bias = None
+    # A float32 cotangent would have 16-bit operands converted to float32.
+    dz = d_logits.astype(dtype)
+    if wants.hidden:
+        classes = (1 if layout == "dv" else 0,)
+        d_hidden = _dot(dz, head.kernel, (dz.ndim - 1,), classes, dtype)
+    if wants.kernel:
+        a, b = (head.hidden, dz) if layout == "dv" else (dz, head.hidden)
+        d_kernel = _dot(a, b, batch, batch, dtype)
+    if wants.bias and head.bias is not None:
+        d_bias = jnp.sum(d_logits, batch)
+    return Head(d_hidden, d_kernel, d_bias)
+
+
+def _dot(
+    a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: Any
+) -> Array:
+    return lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        ((a_axes, b_axes), ((), ())),
+        preferred_element_type=accumulation_dtype(dtype),
+    )
+
+
+def inputs_of(
+    spec: Spec,
+    z: Shaped | None,
+    labels: Labels,
+    exists: Mask | None,
+    class_weights: Values | None,
+    scale: Values | None,
+) -> Inputs:
+    """The arguments of the statistics of some logits, whose last axis are classes."""
+    (axis,) = spec.axes
+
+    def along_classes(a: Array | None) -> Array | None:
+        return None if a is None else a.reshape((1,) * axis + (-1,))
+
+    def along_examples(a: Array | None) -> Array | None:
+        return None if a is None else a[..., None]
+
+    logits: Any = z
+    return Inputs(
+        logits,
+        along_examples(labels.ids),
+        along_classes(exists),
+        along_examples(labels.counted),
+        along_classes(class_weights) if spec.smooth else None,
+        scale,
+    )
+
+
+def squeezed(spec: Spec, tree: Any) -> Any:
+    """Statistics without their class axis."""
+    return jax.tree.map(lambda a: jnp.squeeze(a, spec.axes), tree)
+
+
+def expanded(spec: Spec, tree: Any) -> Any:
+    """The inverse of `squeezed`."""
+    return jax.tree.map(lambda a: jnp.expand_dims(a, spec.axes), tree)

@@ -1,0 +1,105 @@
+"""Chunks of examples, whose logits the backward pass computes again."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlosses._backends import choose
+from jaxlosses._backends.chunks import Cut, Plan, add
+from jaxlosses._backends.head import (
+    NO_LABELS,
+    Head,
+    Labels,
+    Product,
+    Wants,
+    compute_dtype,
+    expanded,
+    inputs_of,
+    project,
+    squeezed,
+)
+from jaxlosses._math import gradient
+from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype
+from jaxlosses._math.gradient import Cotangents
+from jaxlosses._math.statistics import Statistics
+from jaxlosses._rules import Like
+
+
+@dataclasses.dataclass(frozen=True)
+class ByExamples:
+    """Statistics of a product, by chunks of examples; see `Backend`."""
+
+    spec: Spec
+    plan: Plan
+
+    def evaluate(self, product: Product) -> Statistics:
+        """The logits of one chunk at a time."""
+        cut = Cut(self.plan, product.labels)
+
+        def body(carry: tuple[()], chunk: Any) -> tuple[tuple[()], Statistics]:
+            hidden, labels = chunk
+            inputs, _ = self._chunk(product, hidden, labels)
+            return carry, squeezed(self.spec, choose.evaluate(self.spec, inputs))
+
+        _, stacked = cut.loop(body, (), (cut.split(product.head.hidden), cut.labels))
+        out: Statistics = cut.join(stacked)
+        return out
+
+    def pullback(
+        self,
+        product: Product,
+        kept: Statistics,
+        cotangents: Cotangents,
+        wanted: Product,
+        linear: bool,
+    ) -> Like:
+        """The logits of each chunk again, and what it adds to the gradients."""
+        spec, head = self.spec, product.head
+        wants = Wants(*map(bool, wanted.head))
+        # Without smoothing, no statistic depends on class weights.
+        by_class = bool(wanted.class_weights) and spec.smooth
+        cut = Cut(self.plan, product.labels)
+        acc = accumulation_dtype(compute_dtype(head))
+
+        def body(carry: tuple[Any, ...], chunk: Any) -> tuple[tuple[Any, ...], Any]:
+            hidden, labels, kept, g = chunk
+            inputs, own = self._chunk(product, hidden, labels)
+            d = gradient.pullback(
+                spec, inputs, expanded(spec, kept), expanded(spec, g), linear=linear
+            )
+            sums, *d_others = carry
+            here = add(self.plan, sums, own, d.logits, wants)
+            more = [
+                jax.tree.map(jnp.ravel, d.class_weights) if by_class else None,
+                d.scale if wanted.scale else None,
+            ]
+            d_others = jax.tree.map(jnp.add, d_others, more)
+            return (here._replace(hidden=None), *d_others), here.hidden
+
+        def zeros(like: Any, want: bool) -> Any:
+            return jnp.zeros_like(like, dtype=acc) if want else None
+
+        sums = Head(
+            None, zeros(head.kernel, wants.kernel), zeros(head.bias, wants.bias)
+        )
+        start = (
+            sums,
+            zeros(product.class_weights, by_class),
+            zeros(product.scale, bool(wanted.scale)),
+        )
+        chunks = map(cut.split, (head.hidden, kept, cotangents))
+        hidden, *others = chunks
+        xs = (hidden, cut.labels, *others)
+        (sums, d_class_weights, d_scale), d_hidden = cut.loop(body, start, xs)
+        d_head = sums._replace(hidden=cut.join(d_hidden))
+        return Product(d_head, d_class_weights, d_scale, NO_LABELS, None)
+
+    def _chunk(
+        self, product: Product, hidden: Any, labels: Labels
+    ) -> tuple[Inputs, Head]:
+        head = product.head._replace(hidden=hidden)
+        z = project(self.plan.layout, head)
+        _, class_weights, scale, _, exists = product
+        return inputs_of(self.spec, z, labels, exists, class_weights, scale), head

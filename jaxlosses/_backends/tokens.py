@@ -1,0 +1,172 @@
+"""A sum over examples, with its gradient formed in the same pass over their chunks.
+
+For a sum or mean alone, whose scalar cotangent can be applied afterwards.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float
+
+from jaxlosses._backends.chunks import Cut, Plan, add
+from jaxlosses._backends.head import (
+    NO_LABELS,
+    Head,
+    Labels,
+    Wants,
+    compute_dtype,
+    project,
+)
+from jaxlosses._math.classes import accumulation_dtype
+from jaxlosses._rules import cotangent_like, values_and_wanted
+from jaxlosses._sharding import typed_like
+
+
+class Operands(NamedTuple):
+    """What a sum of losses depends on.
+
+    Attributes:
+        head: the factors of the logits.
+        shared: differentiable, the same for all examples.
+        rows: differentiable, of the shape `B...`.
+        labels: ids and masks.
+        exists: classes that exist, or None for all.
+    """
+
+    head: Head
+    shared: Any
+    rows: Any
+    labels: Labels
+    exists: Bool[Array, " V"] | None
+
+
+# logits, shared, rows, labels, exists -> loss of each example, and what else to keep
+LossOf = Callable[
+    [Array, Any, Any, Labels, Bool[Array, " V"] | None], tuple[Float[Array, "*B"], Any]
+]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def summed(plan: Plan, loss_of: LossOf, operands: Operands) -> tuple[Array, Any]:
+    """The sum of the losses, and what `loss_of` keeps of each example.
+
+    Differentiated, it forms every gradient that is asked for in its one pass over the
+    chunks, and applies the cotangent of the sum to them afterwards.
+    """
+    return _sum_and_gradient(plan, loss_of, operands, None)[0]
+
+
+def _summed_fwd(plan: Plan, loss_of: LossOf, marked: Operands) -> tuple[Any, Any]:
+    operands, flags = values_and_wanted(marked)
+    wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
+    out, gradient = _sum_and_gradient(plan, loss_of, operands, wanted)
+    return out, (operands, gradient)
+
+
+def _summed_bwd(
+    plan: Plan, loss_of: LossOf, residuals: tuple[Operands, Operands], g: Any
+) -> tuple[Operands]:
+    del plan, loss_of
+    operands, gradient = residuals
+    total = g[0]
+    if isinstance(total, SymbolicZero):
+        total = jnp.zeros(total.shape, total.dtype)
+
+    def scaled(value: Array, d: Array | None) -> Array | None:
+        return None if d is None else cotangent_like(total * d, value)
+
+    return (jax.tree.map(scaled, operands, gradient),)
+
+
+summed.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
+
+
+def _sum_and_gradient(
+    plan: Plan, loss_of: LossOf, operands: Operands, wanted: Operands | None
+) -> tuple[tuple[Array, Any], Operands]:
+    """The sum, what is kept, and the gradient in the accumulation dtype.
+
+    The gradient has the structure of the operands, with None where none is wanted.
+    """
+    head, shared, rows, labels, exists = operands
+    cut = Cut(plan, labels)
+    acc = accumulation_dtype(compute_dtype(head))
+    # A sum over devices belongs after the loop: inside it, what is shared counts as
+    # the part of each device.
+    shared = jax.tree.map(lambda a: typed_like(a, head.hidden), shared)
+    shared, shared_tree = jax.tree.flatten(shared)
+    rows, rows_tree = jax.tree.flatten(rows)
+    wants = Wants(False, False, False)
+    want_shared, want_rows = [False] * len(shared), [False] * len(rows)
+    if wanted is not None:
+        wants = Wants(*map(bool, wanted.head))
+        want_shared = jax.tree.leaves(wanted.shared)
+        want_rows = jax.tree.leaves(wanted.rows)
+
+    def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
+        total, sums, d_shared = carry
+        hidden, row, ids = chunk
+        own = head._replace(hidden=hidden)
+        z = project(plan.layout, own)
+
+        def loss(
+            z_in: Array | None, shared_in: list[Any], row_in: list[Any]
+        ) -> tuple[Array, Any]:
+            values, keep = loss_of(
+                z if z_in is None else z_in,
+                jax.tree.unflatten(shared_tree, _filled(shared_in, shared)),
+                jax.tree.unflatten(rows_tree, _filled(row_in, row)),
+                ids,
+                exists,
+            )
+            return jnp.sum(values), keep
+
+        inputs = (
+            z if any(wants) else None,
+            _only(want_shared, shared),
+            _only(want_rows, row),
+        )
+        if wanted is None:
+            value, keep = loss(*inputs)
+            return (total + value, sums, d_shared), (keep, None, None)
+        value, pull, keep = jax.vjp(loss, *inputs, has_aux=True)
+        d_z, d_shared_here, d_row = pull(jnp.ones_like(value))
+        d_hidden = None
+        if d_z is not None:
+            here = add(plan, sums, own, d_z, wants)
+            d_hidden, sums = here.hidden, here._replace(hidden=None)
+        d_shared = jax.tree.map(jnp.add, d_shared, d_shared_here)
+        return (total + value, sums, d_shared), (keep, d_hidden, d_row)
+
+    def zeros(like: Any, want: bool) -> Any:
+        return jnp.zeros_like(like, dtype=acc) if want else None
+
+    start = (
+        jnp.zeros((), acc),
+        Head(None, zeros(head.kernel, wants.kernel), zeros(head.bias, wants.bias)),
+        jax.tree.map(jnp.zeros_like, _only(want_shared, shared)),
+    )
+    chunks = (cut.split(head.hidden), cut.split(rows), cut.labels)
+    (total, sums, d_shared), stacked = cut.loop(body, start, chunks)
+    keep, d_hidden, d_rows = cut.join(stacked)
+    gradient = Operands(
+        sums._replace(hidden=d_hidden),
+        jax.tree.unflatten(shared_tree, d_shared),
+        jax.tree.unflatten(rows_tree, [None] * len(rows) if d_rows is None else d_rows),
+        NO_LABELS,
+        None,
+    )
+    return (total, keep), gradient
+
+
+def _only(wanted: list[bool], values: list[Any]) -> list[Any]:
+    return [x if want else None for want, x in zip(wanted, values, strict=True)]
+
+
+def _filled(values: list[Any], defaults: list[Any]) -> list[Any]:
+    pairs = zip(values, defaults, strict=True)
+    return [default if x is None else x for x, default in pairs]

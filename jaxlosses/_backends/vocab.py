@@ -1,0 +1,231 @@
+"""Chunks of classes, merged; the backward pass computes their logits again."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxlosses._backends.chunks import Plan
+from jaxlosses._backends.head import (
+    NO_LABELS,
+    Head,
+    Product,
+    Wants,
+    classes_of,
+    compute_dtype,
+    expanded,
+    inputs_of,
+    project,
+    pull,
+    squeezed,
+)
+from jaxlosses._math import gradient, statistics
+from jaxlosses._math.classes import (
+    Inputs,
+    Shaped,
+    Spec,
+    Uniform,
+    Values,
+    Whole,
+    accumulation_dtype,
+    uniform_of,
+)
+from jaxlosses._math.gradient import Cotangents
+from jaxlosses._math.statistics import Partial, Statistics
+from jaxlosses._platform import put, take
+from jaxlosses._rules import Like
+from jaxlosses._sharding import scan
+
+
+@dataclasses.dataclass(frozen=True)
+class ByClasses:
+    """Statistics of a product, by chunks of classes; see `Backend`."""
+
+    spec: Spec
+    plan: Plan
+
+    def evaluate(self, product: Product) -> Statistics:
+        """What each chunk has, merged with what was there before."""
+        spec, pieces = self.spec, _Pieces(self.spec, self.plan, product)
+        whole = _inputs(spec, None, product)
+
+        def body(so_far: Partial, i: Array) -> tuple[Partial, None]:
+            piece = pieces.take(i)
+            part = statistics.partial(pieces.spec, piece.inputs, piece.target)
+            part = _shifted(part, piece.start)
+            both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, part)
+            merged = statistics.merge(spec, both, _Stacked(), whole)
+            return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
+
+        part, _ = scan(body, pieces.nothing(), pieces.ids)
+        if spec.shards != Whole():
+            part = _shifted(part, spec.shards.first_id(pieces.num_classes))
+            part = statistics.merge(spec, part, spec.shards, whole)
+        out: Statistics = squeezed(spec, statistics.finish(spec, part, whole))
+        return out
+
+    def pullback(
+        self,
+        product: Product,
+        kept: Statistics,
+        cotangents: Cotangents,
+        wanted: Product,
+        linear: bool,
+    ) -> Like:
+        """The logits of each chunk again, and its part of the gradients."""
+        spec, head = self.spec, product.head
+        wants = Wants(*map(bool, wanted.head))
+        # Without smoothing, no statistic depends on class weights.
+        by_class = bool(wanted.class_weights) and spec.smooth
+        pieces = _Pieces(spec, self.plan, product)
+        acc = accumulation_dtype(compute_dtype(head))
+        kept, g = expanded(spec, kept), expanded(spec, cotangents)
+
+        def body(carry: Product, i: Array) -> tuple[Product, None]:
+            piece = pieces.take(i)
+            d = gradient.pullback(
+                pieces.spec, piece.inputs, kept, g, linear=linear, uniform=piece.uniform
+            )
+            here = pull(self.plan.layout, piece.head, d.logits, wants)
+
+            def placed(a: Any, part: Any, axis: int = 0) -> Any:
+                if a is None:
+                    return None
+                part = part.astype(a.dtype)
+                if linear:
+                    return lax.dynamic_update_slice_in_dim(a, part, piece.start, axis)
+                return put(a, part, piece.start, axis)
+
+            d_head = Head(
+                jax.tree.map(jnp.add, carry.head.hidden, here.hidden),
+                placed(carry.head.kernel, here.kernel, pieces.axis),
+                placed(carry.head.bias, here.bias),
+            )
+            d_class_weights = carry.class_weights
+            if d_class_weights is not None and d.class_weights is not None:
+                d_class_weights = placed(d_class_weights, d.class_weights.ravel())
+            d_scale = carry.scale
+            if d_scale is not None and d.scale is not None:
+                d_scale = d_scale + d.scale
+            return Product(d_head, d_class_weights, d_scale, NO_LABELS, None), None
+
+        def zeros(like: Any, want: bool, dtype: Any = acc) -> Any:
+            return jnp.zeros_like(like, dtype=dtype) if want else None
+
+        start = Product(
+            Head(
+                zeros(head.hidden, wants.hidden),
+                zeros(head.kernel, wants.kernel, head.kernel.dtype),
+                zeros(head.bias, wants.bias),
+            ),
+            zeros(product.class_weights, by_class),
+            zeros(product.scale, bool(wanted.scale)),
+            NO_LABELS,
+            None,
+        )
+        # The last chunks may overlap others, which overwrite what they share.
+        out, _ = scan(body, start, pieces.ids[::-1])
+        return out
+
+
+class _Stacked(Whole):
+    """Two parts, along a first axis, in the place of parts on devices."""
+
+    def sum(self, a: Array) -> Array:
+        return jnp.sum(a, 0, keepdims=True)
+
+    def max(self, a: Array) -> Array:
+        return jnp.max(a, 0, keepdims=True)
+
+    def min(self, a: Array) -> Array:
+        return jnp.min(a, 0, keepdims=True)
+
+
+class _Piece(NamedTuple):
+    """A chunk of classes, with its logits."""
+
+    start: Array
+    head: Head
+    inputs: Inputs
+    target: Values | None
+    uniform: Uniform | None
+
+
+class _Pieces:
+    """The vocabulary in chunks of one size, the last of which may overlap others."""
+
+    def __init__(self, spec: Spec, plan: Plan, product: Product) -> None:
+        head = product.head
+        self.axis = 1 if plan.layout == "dv" else 0
+        # What devices hold is merged once, after the loop.
+        self.spec = dataclasses.replace(spec, shards=Whole())
+        self.num_classes = classes_of(plan.layout, head.kernel)
+        self.ids = jnp.arange(plan.num_chunks, dtype=jnp.int32)
+        self._plan, self._product = plan, product
+        self._size = -(-self.num_classes // plan.num_chunks)
+        self._acc = accumulation_dtype(compute_dtype(head))
+        self._labels = product.labels.ids - spec.shards.first_id(self.num_classes)
+        self._uniform: Uniform | None = None
+        if spec.smooth:
+            shape = (*head.hidden.shape[:-1], self.num_classes)
+            z = jax.ShapeDtypeStruct(shape, self._acc)
+            self._uniform = uniform_of(spec, _inputs(spec, z, product), self._acc)
+
+    def take(self, i: Array) -> _Piece:
+        """Chunk `i`; classes that an earlier chunk has do not exist in it."""
+        product, size, rank = self._product, self._size, self._product.head.hidden.ndim
+        start = jnp.minimum(i * size, self.num_classes - size)
+
+        def part(a: Any, axis: int = 0) -> Any:
+            return None if a is None else take(a, start, size, axis)
+
+        head = product.head._replace(
+            kernel=part(product.head.kernel, self.axis), bias=part(product.head.bias)
+        )
+        exists = part(product.exists)
+        if size * self._plan.num_chunks != self.num_classes:
+            fresh = start + jnp.arange(size, dtype=jnp.int32) >= i * size
+            exists = fresh if exists is None else exists & fresh
+        here = product._replace(
+            class_weights=part(product.class_weights),
+            labels=product.labels._replace(ids=self._labels - start),
+            exists=exists,
+        )
+        inputs = _inputs(self.spec, project(self._plan.layout, head), here)
+        target = uniform = None
+        if self._uniform is not None:
+            whole = self._uniform
+            target = part(whole.target, rank - 1)
+            uniform = Uniform(target, part(whole.others, rank - 1), whole.num_classes)
+            if inputs.where is not None:
+                target = jnp.where(inputs.where, target, 0)
+        return _Piece(start, head, inputs, target, uniform)
+
+    def nothing(self) -> Partial:
+        """The statistics of no classes."""
+        spec, shape = self.spec, (*self._product.labels.ids.shape, 1)
+        zero, none = jnp.zeros(shape, self._acc), jnp.full(shape, -jnp.inf, self._acc)
+        return Partial(
+            none,
+            none,
+            zero,
+            zero if spec.smooth else None,
+            jnp.zeros((1,) * len(shape), self._acc) if spec.smooth else None,
+            jnp.full(shape, -1, jnp.int32) if spec.predicted else None,
+        )
+
+
+def _inputs(spec: Spec, z: Shaped | None, product: Product) -> Inputs:
+    _, class_weights, scale, labels, exists = product
+    return inputs_of(spec, z, labels, exists, class_weights, scale)
+
+
+def _shifted(part: Partial, start: Array) -> Partial:
+    """The same part, its class ids counted from the first of all classes."""
+    if part.predicted is None:
+        return part
+    ids = jnp.where(part.predicted >= 0, part.predicted + start, -1)
+    return part._replace(predicted=ids)

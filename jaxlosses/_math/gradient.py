@@ -1,0 +1,157 @@
+"""The one gradient of all losses: the probabilities, rebuilt from the statistics."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxlosses._elementary import (
+    exp,
+    exp_of_row,
+    expm1,
+    kept_per_example,
+    one_minus_exp,
+)
+from jaxlosses._math import softcap
+from jaxlosses._math.classes import (
+    Inputs,
+    Mask,
+    Spec,
+    Uniform,
+    Values,
+    both,
+    is_label,
+    masked,
+    sum_of_others,
+    sum_to,
+    targets_of,
+    uniform_of,
+    weighted,
+)
+from jaxlosses._math.statistics import Statistics, counted_only
+from jaxlosses._math.transform import gap_of, scaled, with_sign
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of the differentiable statistics; None stands for zero."""
+
+    spread: Values | None
+    nll: Values
+    smooth: Values | None
+
+
+class Gradients(NamedTuple):
+    """Cotangents of the differentiable inputs; None for what there is none of.
+
+    Of the class weights there is one only where a statistic depends on them.
+    """
+
+    logits: Values
+    labels: Values | None
+    class_weights: Values | None
+    scale: Values | None
+
+
+def pullback(
+    spec: Spec,
+    inputs: Inputs,
+    statistics: Statistics,
+    cotangents: Cotangents,
+    *,
+    linear: bool = False,
+    uniform: Uniform | None = None,
+) -> Gradients:
+    """Cotangents of the differentiable inputs, rebuilt from the statistics.
+
+    With `p = softmax(z)`, `T = sum t` and `U = sum u`, the entry of a logit is
+
+        g_spread p_j + g_nll (T p_j - t_j) + g_smooth (U p_j - u_j)
+
+    `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `p_j - 1` from
+    `expm1`, so that nothing cancels for a confident example; the same for `u`.
+
+    Args:
+        spec: what is static.
+        inputs: the arguments of `evaluate`.
+        statistics: its result; `peak`, `spread` and `nll` are used.
+        cotangents: one per statistic.
+        linear: stay linear in the cotangents, so that the function can be
+            transposed. Otherwise an example whose cotangents are zero has gradient
+            zero even if it holds a NaN.
+        uniform: given if the classes are a part of all; else computed.
+    """
+    if not linear:
+        silent = jnp.isnan(kept_per_example(statistics.nll))
+        for g in cotangents:
+            silent = silent if g is None else silent & (g == 0)
+        inputs = inputs._replace(counted=both(inputs.counted, ~silent))
+        statistics = counted_only(statistics, ~silent)
+    g_spread, g_nll, g_smooth = cotangents
+    peak, spread, nll = statistics.peak, statistics.spread, statistics.nll
+    present = both(inputs.where, inputs.counted)
+
+    logits = inputs.logits.astype(peak.dtype)
+    signed, magnitude = with_sign(logits, inputs.scale)
+    # What is masked may hold a NaN, which must not reach a derivative.
+    gap = masked(present, gap_of(spec, signed, peak))
+    behind = scaled(gap, magnitude)
+    log_p = behind - spread
+    weight = exp_of_row(behind, inputs.logits)
+    share = 1 / exp(spread)
+    p = share * weight
+    rest = None if spec.dense else one_minus_exp(nll)
+    # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
+    poison = jnp.where(jnp.isnan(nll if rest is None else rest), jnp.nan, 0)
+    g_nll = g_nll + g_nll * poison
+
+    d_labels = d_class_weights = d_scale = None
+    if rest is None:
+        targets = targets_of(inputs, p.dtype)
+        minus_rest = expm1(log_p)
+        d_z = g_nll * (sum_of_others(spec, targets) * p + targets * minus_rest)
+        d_z = d_z if g_spread is None else d_z + g_spread * p
+        d_targets = _of_targets(g_nll, log_p, present, linear)
+        if jnp.issubdtype(inputs.labels.dtype, jnp.floating):
+            d_labels = sum_to(weighted(d_targets, inputs), inputs.labels)
+        if inputs.class_weights is not None:
+            d_class_weights = d_targets * inputs.labels.astype(p.dtype)
+    else:
+        at_label = is_label(spec, inputs)
+        minus_rest = jnp.where(at_label, -rest, expm1(log_p))
+        d_label, d_other = -g_nll * rest, g_nll
+        if g_spread is not None:
+            d_label, d_other = d_label + g_spread * exp(-nll), g_nll + g_spread
+        d_z = jnp.where(at_label, d_label, (d_other * share) * weight)
+    if g_smooth is not None:
+        u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
+        d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)
+        if inputs.class_weights is not None:
+            d_uniform = _of_targets(g_smooth, log_p, present, linear)
+            d_uniform = d_uniform / u.num_classes
+            d_class_weights = _add(d_class_weights, d_uniform)
+    if d_class_weights is not None and inputs.class_weights is not None:
+        d_class_weights = sum_to(d_class_weights, inputs.class_weights)
+
+    if inputs.where is not None:
+        d_z = jnp.where(inputs.where, d_z, g_nll * poison)
+    d_z = masked(inputs.counted, d_z)
+    d_logits = d_z
+    if inputs.scale is not None:
+        d_logits = inputs.scale * d_z
+        d_scale = jnp.sum(d_z * masked(jnp.isfinite(gap), gap))
+        d_scale = jnp.where(inputs.scale < 0, -d_scale, d_scale)
+    if spec.softcap is not None:
+        d_logits = softcap.slope(spec.softcap, logits) * d_logits
+    d_logits = d_logits.astype(inputs.logits.dtype)
+    return Gradients(d_logits, d_labels, d_class_weights, d_scale)
+
+
+def _of_targets(g: Values, log_p: Values, present: Mask | None, linear: bool) -> Values:
+    """Cotangent of a target: `g` times the surprise of its class."""
+    surprise = -log_p
+    if not linear:
+        surprise = masked(jnp.isfinite(surprise) | (g != 0), surprise)
+    return masked(present, g * surprise)
+
+
+def _add(a: Values | None, b: Values) -> Values:
+    return b if a is None else a + b

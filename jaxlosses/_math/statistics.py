@@ -1,0 +1,311 @@
+"""Logit statistics: the few numbers per example that every loss is a function of.
+
+Nothing here subtracts two large numbers. The sum of exponentials is taken without the
+entry that would be one (the label's, or those at the peak) and relative to the largest
+of the rest, so it neither cancels nor underflows; both terms of `nll` are
+non-negative. That is why a confident example keeps its digits.
+
+How a row is read is a `Reading`; parts of the classes, read one after the other or by
+several devices, are merged.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlosses._elementary import exp, log1p
+from jaxlosses._math import softcap
+from jaxlosses._math.classes import (
+    Ids,
+    Inputs,
+    Mask,
+    Spec,
+    Values,
+    Whole,
+    count_of,
+    expected,
+    first,
+    has_label,
+    is_label,
+    largest,
+    masked,
+    targets_of,
+    total,
+    uniform_of,
+)
+from jaxlosses._math.pairs import Pair
+from jaxlosses._math.transform import (
+    exp_of_sum,
+    gap_of,
+    lead_of,
+    magnitude_of,
+    scaled,
+    signed_of,
+)
+
+
+class Statistics(NamedTuple):
+    """Statistics of each example, all of shape `K` in the accumulation dtype.
+
+    `peak` is the largest logit, or for a sample one near it, before cap and scale. It
+    is taken for constant: the derivative of `lse = |scale| * cap(peak) + spread` is
+    carried by `spread`. Examples that do not count have zeros.
+    """
+
+    peak: Values
+    spread: Values
+    nll: Values
+    smooth: Values | None
+    predicted: Ids | None
+
+
+class Partial(NamedTuple):
+    """What a loss on class ids needs of some of the classes; parts can be merged.
+
+    Attributes:
+        label: logit at the label, with the sign of the scale; `-inf` where the label
+            is not among these classes.
+        rival: the largest of the other logits, likewise.
+        mass: sum over the others of `exp` of what they are behind `rival`, after cap
+            and scale.
+        slack: sum over classes of `u_j` times what they are behind the larger of
+            `label` and `rival`, likewise; or None.
+        share: sum of `u_j`, or None.
+        predicted: lowest id of the largest logit, or None.
+    """
+
+    label: Values
+    rival: Values
+    mass: Values
+    slack: Values | None = None
+    share: Values | None = None
+    predicted: Ids | None = None
+
+
+class Reading(NamedTuple):
+    """How the logits of an example are read.
+
+    Attributes:
+        partial: the label's logit, the largest of the others, and their mass, from
+            the inputs, their signed logits and the magnitude of the scale.
+        rivals: of some signed logits, the largest and the mass relative to it.
+    """
+
+    partial: Callable[[Spec, Inputs, Values, Values | None], Partial]
+    rivals: Callable[[Spec, Values, Values | None], tuple[Values, Values]]
+
+
+def _partial(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The label's logit, and its rivals."""
+    at_label = is_label(spec, inputs)
+    label = _at_label(spec, inputs, signed, at_label)
+    rival, mass = _rivals(spec, jnp.where(at_label, -jnp.inf, signed), magnitude)
+    return Partial(label, rival, mass)
+
+
+def _at_label(spec: Spec, inputs: Inputs, a: Values, at_label: Mask) -> Values:
+    """The entry at the label, `-inf` without one."""
+    # A sum, since the maximum of XLA:CPU may lose a NaN.
+    found = total(spec, jnp.where(at_label, a, 0))
+    here = (inputs.labels >= 0) & (inputs.labels < count_of(spec, a.shape))
+    return jnp.where(here, found, -jnp.inf)
+
+
+def _rivals(
+    spec: Spec, others: Values, magnitude: Values | None
+) -> tuple[Values, Values]:
+    """The largest of some logits, and their sum of `exp` relative to it."""
+    rival = largest(spec, others)
+    # Without any, -inf - (-inf) would be NaN.
+    gap = gap_of(spec, others, jnp.where(rival == -jnp.inf, 0, rival))
+    return rival, total(spec, exp(scaled(gap, magnitude)))
+
+
+PLAIN = Reading(_partial, _rivals)
+
+
+def normalize(
+    spec: Spec, inputs: Inputs, reading: Reading = PLAIN
+) -> tuple[Values, Values, Values]:
+    """What turns logits into probabilities: `log p = gap - spread`.
+
+    With `r` the largest logit below the peak `m`, `S = sum_{z_j < m} exp(z_j - r)` and
+    `n` logits at the peak, `spread = log1p(n - 1 + S exp(r - m))`.
+
+    Returns:
+        `gap = z - m`, of the logits' shape, `-inf` for a masked class; `peak`, before
+        the cap and the magnitude of the scale; and `spread`.
+    """
+    signed, magnitude = signed_of(inputs)
+    peak = proper(largest(spec, signed))
+    top = signed == peak
+    others = jnp.where(top, -jnp.inf, signed)
+    rival, mass = reading.rivals(spec, others, magnitude)
+    ratio = exp_of_sum(lead_of(spec, rival, peak, magnitude))
+    ties = total(spec, jnp.where(top, 1, 0).astype(mass.dtype))
+    # The mass joins last: added to the count of ties, its digits would be lost.
+    spread = log1p((ties - 1) + mass * ratio)
+    spread = jnp.where(ties == 0, peak, spread)
+    return scaled(gap_of(spec, signed, peak), magnitude), peak, spread
+
+
+def evaluate(spec: Spec, inputs: Inputs, reading: Reading = PLAIN) -> Statistics:
+    """Statistics of every example: two reads of the logits, no second array."""
+    smooth = predicted = None
+    if spec.dense:
+        gap, peak, spread = normalize(spec, inputs, reading)
+        nll = expected(spec, targets_of(inputs, gap.dtype), spread - gap)
+        # With targets of zero, no term is left in which a NaN of the logits shows.
+        nll = jnp.where(jnp.isnan(spread), spread, nll)
+    else:
+        gap, peak, spread, nll = _against_label(spec, inputs, reading)
+    if spec.smooth:
+        target = uniform_of(spec, inputs, gap.dtype).target
+        smooth = expected(spec, target, spread - gap)
+    if spec.predicted:
+        at_peak = signed_of(inputs)[0] == peak
+        predicted = jnp.where(jnp.isnan(spread), -1, first(spec, at_peak))
+    statistics = Statistics(peak, spread, nll, smooth, predicted)
+    return counted_only(statistics, inputs.counted)
+
+
+def _against_label(
+    spec: Spec, inputs: Inputs, reading: Reading
+) -> tuple[Values, Values, Values, Values]:
+    """`gap`, `peak`, `spread` and `nll`, from the label's logit and its rivals."""
+    signed, magnitude = signed_of(inputs)
+    part = reading.partial(spec, inputs, signed, magnitude)
+    peak, spread, nll = _finish(spec, part, magnitude)
+    nll = jnp.where(has_label(spec, inputs), nll, jnp.nan)
+    return scaled(gap_of(spec, signed, peak), magnitude), peak, spread, nll
+
+
+def partial(
+    spec: Spec, inputs: Inputs, uniform: Values | None, reading: Reading = PLAIN
+) -> Partial:
+    """Reads a part of the classes.
+
+    Args:
+        spec: of whole classes: what devices hold is merged as other parts are.
+        inputs: of these classes; labels count from the first of them.
+        uniform: `u_j` of these classes, or None without smoothing.
+        reading: how each example is read.
+    """
+    signed, magnitude = signed_of(inputs)
+    part = reading.partial(spec, inputs, signed, magnitude)
+    peak = jnp.maximum(part.label, part.rival)
+    slack = share = predicted = None
+    if uniform is not None:
+        base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
+        slack = expected(spec, uniform, -scaled(gap_of(spec, signed, base), magnitude))
+        share = total(spec, uniform)
+    if spec.predicted:
+        predicted = first(spec, signed == peak)
+    return part._replace(slack=slack, share=share, predicted=predicted)
+
+
+def merge(spec: Spec, part: Partial, parts: Whole, inputs: Inputs) -> Partial:
+    """The statistics of all classes from those of the parts.
+
+    Args:
+        spec: what is static.
+        part: of each part.
+        parts: how they come together, of which `max`, `min` and `sum` are used.
+        inputs: of which the scale is used.
+    """
+    magnitude = None if inputs.scale is None else magnitude_of(inputs.scale)
+
+    def below(top: Values, own: Values) -> Values:
+        # Without any class, -inf - (-inf) would be NaN.
+        base = jnp.where(top == -jnp.inf, 0, top)
+        return scaled(gap_of(spec, own, base), magnitude)
+
+    rival = parts.max(part.rival)
+    # One part has the label, and a sum keeps its NaN.
+    none = part.label == -jnp.inf
+    label = parts.sum(jnp.where(none, 0, part.label))
+    label = jnp.where(parts.min(none.astype(jnp.int32)) == 1, -jnp.inf, label)
+    mass = parts.sum(part.mass * exp(below(rival, part.rival)))
+    slack = share = predicted = None
+    own = jnp.maximum(part.label, part.rival)
+    peak = jnp.maximum(label, rival)
+    if part.slack is not None and part.share is not None:
+        # A part without logits above -inf counted its gaps from 0.
+        own_base = jnp.where(own == -jnp.inf, 0, own)
+        moved = part.share * -below(peak, own_base)
+        slack = parts.sum(part.slack + jnp.where(part.share == 0, 0, moved))
+        share = parts.sum(part.share)
+    if part.predicted is not None:
+        found = (own == peak) & (part.predicted >= 0)
+        nobody = jnp.iinfo(part.predicted.dtype).max
+        predicted = parts.min(jnp.where(found, part.predicted, nobody))
+        predicted = jnp.where(predicted == nobody, -1, predicted)
+    return Partial(label, rival, mass, slack, share, predicted)
+
+
+def finish(spec: Spec, part: Partial, inputs: Inputs) -> Statistics:
+    """Statistics from what is known of all classes; `inputs.logits` is not read."""
+    magnitude = None if inputs.scale is None else magnitude_of(inputs.scale)
+    peak, spread, nll = _finish(spec, part, magnitude)
+    nll = jnp.where(inputs.labels >= 0, nll, jnp.nan)
+    smooth = None
+    if part.slack is not None and part.share is not None:
+        smooth = part.slack + jnp.where(part.share == 0, 0, part.share * spread)
+        smooth = jnp.where(jnp.isnan(spread), spread, smooth)
+    predicted = part.predicted
+    if predicted is not None:
+        predicted = jnp.where(jnp.isnan(spread), -1, predicted)
+    statistics = Statistics(peak, spread, nll, smooth, predicted)
+    return counted_only(statistics, inputs.counted)
+
+
+def _finish(
+    spec: Spec, part: Partial, magnitude: Values | None
+) -> tuple[Values, Values, Values]:
+    """`peak`, `spread` and `nll`.
+
+    With `r` the largest of the other logits and `S = sum_{j != y} exp(z_j - r)`,
+
+        nll = log1p(S exp(r - z_y))                        label ahead
+        nll = log1p(S - 1 + exp(z_y - r)) + (r - z_y)      label behind
+
+    `S` is at least one, so nothing underflows, and every term is non-negative.
+    """
+    label, rival, mass = part.label, part.rival, part.mass
+    peak = proper(jnp.maximum(label, rival))
+    lead = lead_of(spec, label, rival, magnitude)
+    ahead = lead.high >= 0
+    ratio = exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
+    excess = jnp.where(ahead, mass * ratio, (mass - 1) + ratio)
+    spread = log1p(jnp.where(jnp.isnan(peak), peak, excess))
+    return peak, spread, spread - jnp.minimum(lead.high + lead.low, 0)
+
+
+def lse(spec: Spec, inputs: Inputs, statistics: Statistics) -> Values:
+    """Log-sum-exp of the transformed logits; zero for what does not count."""
+    # A NaN is in the spread as well; here it would be the slope of the scale.
+    peak = masked(~jnp.isnan(statistics.peak), lax.stop_gradient(statistics.peak))
+    low = jnp.zeros_like(peak)
+    if spec.softcap is not None:
+        peak, low = softcap.exact_difference(spec.softcap, peak, low)
+    if inputs.scale is not None:
+        magnitude = magnitude_of(inputs.scale)
+        peak, low = magnitude * peak, magnitude * low
+    return peak + (low + statistics.spread)
+
+
+def counted_only(statistics: Statistics, counted: Mask | None) -> Statistics:
+    """Zeros for what does not count."""
+    peak, spread, nll, smooth, predicted = statistics
+    peak, spread, nll = (masked(counted, a) for a in (peak, spread, nll))
+    smooth = None if smooth is None else masked(counted, smooth)
+    return Statistics(peak, spread, nll, smooth, predicted)
+
+
+def proper(peak: Values) -> Values:
+    """NaN for a peak of `+inf`, and where every class has probability zero."""
+    return jnp.where(jnp.isfinite(peak), peak, jnp.nan)

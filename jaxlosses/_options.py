@@ -1,0 +1,212 @@
+"""What the caller asked for: one record of options, checked once.
+
+Its static half is what a loss is compiled for; the other may change from call to call.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer
+
+from jaxlosses import _checks, _combine
+from jaxlosses._combine import Coefficients, Example, Masses, Reduction
+from jaxlosses._math.classes import Spec, count_of
+from jaxlosses._sharding import as_ids, shards_over
+from jaxlosses._sizes import Shape, Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Everything that a compiled loss is specialised for.
+
+    Attributes:
+        spec: the statistics that the options need.
+        ignored: the label that does not count, or None.
+        reduction: over examples.
+        forward_mode: which of the two rules.
+        axis_name: mesh axes that split the classes.
+        batch_axes: mesh axes that split the examples of a sum or mean.
+    """
+
+    spec: Spec
+    ignored: int | None
+    reduction: Reduction
+    forward_mode: bool
+    axis_name: tuple[str, ...]
+    batch_axes: tuple[str, ...] = ()
+
+    @property
+    def return_stats(self) -> bool:
+        """Whether metrics are wanted, too."""
+        return self.spec.predicted
+
+    def over(self, axis_name: tuple[str, ...], batch_axes: tuple[str, ...]) -> "Static":
+        """The same where mesh axes split classes and examples."""
+        spec = dataclasses.replace(self.spec, shards=shards_over(axis_name))
+        return dataclasses.replace(
+            self, spec=spec, axis_name=axis_name, batch_axes=batch_axes
+        )
+
+    def of_rank(self, rank: int) -> "Static":
+        """The same for so many batch axes, with the classes last."""
+        spec = dataclasses.replace(self.spec, axes=(rank,))
+        return dataclasses.replace(self, spec=spec)
+
+
+class Options(NamedTuple):
+    """What may change without a new compilation; None for what is switched off."""
+
+    class_weights: Float[Array, " V"] | None
+    weights: Float[Array, "*B"] | None
+    label_smoothing: float | Array | None
+    z_loss: float | Array | None
+    logit_scale: float | Array | None
+
+    def coefficients(self, dtype: Any) -> Coefficients:
+        """Of the terms of a loss."""
+        return Coefficients(_of(self.label_smoothing, dtype), _of(self.z_loss, dtype))
+
+    def scale(self, dtype: Any) -> Float[Array, ""] | None:
+        """The factor of the logits."""
+        return _of(self.logit_scale, dtype)
+
+    def example_weights(self, dtype: Any) -> Float[Array, "*B"] | None:
+        """The weight of each example."""
+        return _of(self.weights, dtype)
+
+
+def check(
+    axes: tuple[int, ...],
+    batch: Shape,
+    num_classes: Size,
+    *,
+    dense: bool,
+    ignored: int | None,
+    class_weights: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    logit_softcap: Any,
+    logit_scale: Any,
+    weights: Any,
+    reduction: Any,
+    axis_name: Any,
+    forward_mode: Any,
+    return_stats: Any,
+) -> tuple[Static, Options]:
+    """Both halves of the record, from options as the caller gave them."""
+    options = Options(
+        class_weights=_checks.class_weights(class_weights, num_classes),
+        weights=_checks.weights(weights, batch),
+        label_smoothing=_checks.label_smoothing(label_smoothing),
+        z_loss=_checks.z_loss(z_loss),
+        logit_scale=_checks.logit_scale(logit_scale),
+    )
+    names = _checks.axis_name(axis_name)
+    spec = Spec(
+        axes=axes,
+        dense=dense,
+        softcap=_checks.logit_softcap(logit_softcap),
+        smooth=options.label_smoothing is not None,
+        lse=options.z_loss is not None,
+        predicted=_checks.flag("return_stats", return_stats),
+        shards=shards_over(names),
+    )
+    reduction = _checks.reduction(reduction)
+    forward_mode = _checks.flag("forward_mode", forward_mode)
+    return Static(spec, ignored, reduction, forward_mode, names), options
+
+
+# --- Which examples count.
+
+
+def not_ignored(static: Static, labels: Array) -> list[Bool[Array, "..."]]:
+    """The mask that `ignore_index` makes, if it makes one."""
+    if static.ignored is None:
+        return []
+    # A value that the labels' dtype cannot hold is no label.
+    info = jnp.iinfo(labels.dtype)
+    if not info.min <= static.ignored <= info.max:
+        return []
+    return [labels != np.asarray(static.ignored).astype(labels.dtype)]
+
+
+def all_of(masks: list[Bool[Array, "..."]], batch: Shape) -> Bool[Array, "..."] | None:
+    """Where every mask is true, or None without any."""
+    if not masks:
+        return None
+    return functools.reduce(
+        jnp.logical_and, [jnp.broadcast_to(mask, batch) for mask in masks]
+    )
+
+
+# --- What belongs to the label of each example.
+
+
+def class_ids(
+    spec: Spec, shape: Shape, labels: Integer[Array, "..."]
+) -> Integer[Array, "..."]:
+    """The labels as int32, with -1 for one that is no class."""
+    if jnp.iinfo(labels.dtype).bits < 32:
+        labels = labels.astype(jnp.int32)
+    valid = (labels >= 0) & (labels < count_of(spec, shape))
+    return jnp.where(valid, labels, jnp.full_like(labels, -1)).astype(jnp.int32)
+
+
+def weights_of_labels(
+    spec: Spec,
+    class_weights: Float[Array, " V"],
+    ids: Integer[Array, "..."],
+    dtype: Any,
+) -> Float[Array, "..."]:
+    """The class weight of each label; for one that is no class, the loss is NaN."""
+    size = class_weights.size
+    if size == 0:
+        return jnp.zeros(ids.shape, dtype)
+    local = ids - spec.shards.first_id(size)
+    here = (local >= 0) & (local < size)
+    at = class_weights.astype(dtype).at[jnp.where(here, local, 0)]
+    found = at.get(out_sharding=as_ids(ids))
+    return spec.shards.sum(jnp.where(here, found, 0))
+
+
+# --- Reductions over examples.
+
+
+def masses_of(
+    static: Static,
+    coefficients: Coefficients,
+    example: Example,
+    like: Float[Array, "..."],
+) -> Masses | None:
+    """What a mean divides by, which is known before its logits; None for no mean."""
+    if static.reduction != "mean":
+        return None
+    masses = _combine.masses(coefficients, example, like)
+    return lax.psum(masses, static.batch_axes) if static.batch_axes else masses
+
+
+def reduced(
+    static: Static, loss: Float[Array, "..."], masses: Masses | None
+) -> Float[Array, "..."]:
+    """Losses of examples as the caller wants them."""
+    if static.reduction == "none":
+        return loss
+    return over_batch(static, jnp.sum(loss), masses)
+
+
+def over_batch(
+    static: Static, total: Float[Array, ""], masses: Masses | None
+) -> Float[Array, ""]:
+    """A sum, or a mean, over the examples of all devices."""
+    if static.batch_axes:
+        total = lax.psum(total, static.batch_axes)
+    return total if masses is None else _combine.mean_of(total, masses)
+
+
+def _of(x: Any, dtype: Any) -> Array | None:
+    """An array of the dtype, or None."""
+    return None if x is None else jnp.asarray(x).astype(dtype)

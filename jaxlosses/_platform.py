@@ -1,0 +1,126 @@
+"""What is known of the platform of a program and of the devices: facts, no choices.
+
+Every question about them is asked here, and nowhere else.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxlosses._sizes import Size
+
+Result = TypeVar("Result")
+
+
+def by_platform(
+    on_cpu: Callable[..., Result], otherwise: Callable[..., Result], *args: object
+) -> Result:
+    """One of two functions of the arguments, by the platform that a program is for.
+
+    Both are traced, on every host and for every platform.
+    """
+    return lax.platform_dependent(*args, cpu=on_cpu, default=otherwise)
+
+
+def is_cpu() -> bool:
+    """Whether arrays are on a CPU where nobody says otherwise."""
+    return jax.default_backend() == "cpu"
+
+
+def is_local() -> bool:
+    """Whether arrays are on one device, as far as a trace can know.
+
+    Under automatic sharding it cannot see the mesh. Certain are a process that has one
+    device of every kind, and the inside of a `shard_map` over all axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return mesh.are_all_axes_manual
+    return jax.device_count() == 1 and num_cpus() <= 1
+
+
+def num_cpus() -> int:
+    """How many CPU devices there are."""
+    try:
+        return jax.device_count("cpu")
+    except RuntimeError:  # JAX_PLATFORMS leaves them out
+        return 0
+
+
+def in_memory(x: Result) -> Result:
+    """The same arrays, which XLA has to write before it goes on.
+
+    XLA:CPU is fast at reductions of an array in memory, and slow where it has fused
+    them with what comes before (benchmarks/NOTES.md, "One select, then reductions").
+    """
+    return lax.optimization_barrier(x)
+
+
+# An array, and where a slice of it begins.
+Slice = tuple[Array, Array]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def take(a: Array, start: Array, size: Size, axis: int = 0) -> Array:
+    """A slice of a static size, clamped; of 16-bit numbers on a CPU as integers.
+
+    XLA:CPU would convert the whole array to float32, XLA:TPU would copy the integers
+    (benchmarks/NOTES.md, "16-bit blocks are sliced as integers").
+    """
+
+    def plain(a: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(a, start, size, axis)
+
+    def of_bits(a: Array, start: Array) -> Array:
+        # Tied to the place, which changes, or the integers would be made before the
+        # loop, as a copy of the whole array.
+        a, start = in_memory((a, start))
+        bits = plain(lax.bitcast_convert_type(a, jnp.uint16), start)
+        return lax.bitcast_convert_type(bits, a.dtype)
+
+    return plain(a, start) if _is_wide(a) else by_platform(of_bits, plain, a, start)
+
+
+@take.defjvp
+def _take_jvp(
+    size: Size, axis: int, primals: Slice, tangents: Slice
+) -> tuple[Array, Array]:
+    a, start = primals
+    d = lax.dynamic_slice_in_dim(tangents[0], start, size, axis)
+    return take(a, start, size, axis), d
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def put(a: Array, part: Array, start: Array, axis: int) -> Array:
+    """An array with a slice replaced, in the way of `take`."""
+
+    def plain(a: Array, part: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(a, part, start, axis)
+
+    def of_bits(a: Array, part: Array, start: Array) -> Array:
+        bits, piece = (lax.bitcast_convert_type(x, jnp.uint16) for x in (a, part))
+        return lax.bitcast_convert_type(plain(bits, piece, start), a.dtype)
+
+    if _is_wide(a):
+        return plain(a, part, start)
+    return by_platform(of_bits, plain, a, part, start)
+
+
+@put.defjvp
+def _put_jvp(
+    axis: int,
+    primals: tuple[Array, Array, Array],
+    tangents: tuple[Array, Array, Array],
+) -> tuple[Array, Array]:
+    (a, part, start), (d_a, d_part, _) = primals, tangents
+    d = lax.dynamic_update_slice_in_dim(d_a, d_part, start, axis)
+    return put(a, part, start, axis), d
+
+
+def _is_wide(a: Array) -> bool:
+    return a.dtype.itemsize != 2

@@ -1,0 +1,225 @@
+"""The derivative rules of the logit statistics, once for every backend.
+
+`_reverse` is a `custom_vjp`: one backward pass, and no array of the logits' size kept.
+`_forward` is the same value and the same pullback as a `custom_jvp`, for `jvp`,
+`jacfwd` and `linearize`, which a `custom_vjp` cannot serve. The forward pass of the
+first calls the second, so higher derivatives of either meet an exact rule and not the
+derivative of an implementation.
+"""
+
+import functools
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jaxtyping import Array
+
+from jaxlosses._math.classes import Spec, Values
+from jaxlosses._math.gradient import Cotangents
+from jaxlosses._math.statistics import Statistics
+from jaxlosses._sharding import summed_like
+
+Operands = TypeVar("Operands", contravariant=True)
+# A tree of the structure of some operands: of arrays, of bools, or None.
+Like = Any
+
+
+@runtime_checkable  # annotations are enforced in tests
+class Backend(Protocol[Operands]):
+    """A way to compute logit statistics and their pullback, frozen and hashable.
+
+    Attributes:
+        spec: the statistics.
+    """
+
+    @property
+    def spec(self) -> Spec: ...
+
+    def evaluate(self, operands: Operands) -> Statistics:
+        """The statistics of every example."""
+
+    def pullback(
+        self,
+        operands: Operands,
+        kept: Statistics,
+        cotangents: Cotangents,
+        wanted: Like,
+        linear: bool,
+    ) -> Like:
+        """Cotangents of the operands, rebuilt from the statistics.
+
+        Args:
+            operands: the arguments of `evaluate`.
+            kept: `peak`, `spread` and `nll` of its result.
+            cotangents: one per statistic.
+            wanted: of the structure of the operands: which are differentiated.
+            linear: stay linear in the cotangents, to be transposed.
+
+        Returns:
+            The structure of the operands, with None where nothing is wanted.
+        """
+
+
+@jax.tree_util.register_static
+class Wanted(tuple[bool, ...]):
+    """Which leaves of some operands are differentiated."""
+
+
+class Residuals(NamedTuple):
+    """What the backward pass keeps: the operands, and three numbers per example.
+
+    Attributes:
+        operands: the arguments themselves, which the caller holds anyway.
+        wanted: which of their leaves are differentiated.
+        peak: as in `Statistics`; 0 for NaN.
+        spread: `lse - |scale| * peak`; 0 for NaN.
+        nll: negative log-likelihood, for the entry at the label; `-inf` for NaN.
+    """
+
+    operands: Any
+    wanted: Wanted
+    peak: Values
+    spread: Values
+    nll: Values
+
+
+def statistics(
+    backend: Backend[Operands], operands: Operands, forward_mode: bool = False
+) -> Statistics:
+    """Statistics of every example, differentiable.
+
+    Args:
+        backend: what computes them.
+        operands: its arguments.
+        forward_mode: use the rule that forward mode can take.
+    """
+    rule = _forward if forward_mode else _reverse
+    return rule(backend, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reverse(backend: Backend[Operands], operands: Operands) -> Statistics:
+    return backend.evaluate(operands)
+
+
+def _reverse_fwd(
+    backend: Backend[Operands], marked: Operands
+) -> tuple[Statistics, Residuals]:
+    operands, wanted = values_and_wanted(marked)
+    result = _forward(backend, operands)
+
+    def kept(a: Array, instead: float = 0.0) -> Array:
+        # Each by its own NaN: by that of `nll`, few classes take XLA:CPU twice as long.
+        return jnp.where(jnp.isnan(a), instead, a)
+
+    # An example of weight zero may have NaN statistics in a loss without a NaN, and
+    # `jax_debug_nans` looks at residuals, too.
+    numbers = kept(result.peak), kept(result.spread), kept(result.nll, -jnp.inf)
+    return result, Residuals(operands, wanted, *numbers)
+
+
+def _reverse_bwd(
+    backend: Backend[Operands], residuals: Residuals, g: Statistics
+) -> tuple[Like]:
+    operands, flags, peak, spread, nll = residuals
+    kept = Statistics(
+        peak, spread, jnp.where(nll == -jnp.inf, jnp.nan, nll), None, None
+    )
+    # What no loss depends on has a cotangent of zeros, not worth a pass.
+    g_spread = _array(g.spread) if backend.spec.lse else None
+    g_smooth = None if g.smooth is None else _array(g.smooth)
+    cotangents = Cotangents(g_spread, _array(g.nll), g_smooth)
+    wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
+    return (_pullback(backend, operands, kept, cotangents, wanted, False),)
+
+
+_reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(backend: Backend[Operands], operands: Operands) -> Statistics:
+    return backend.evaluate(operands)
+
+
+def _forward_jvp(
+    backend: Backend[Operands], primals: tuple[Operands], tangents: tuple[Like]
+) -> tuple[Statistics, Like]:
+    (operands,), (d_operands,) = primals, tangents
+    result = _forward(backend, operands)
+    kept = Statistics(result.peak, result.spread, result.nll, None, None)
+    # Checkpointed, so that reverse mode through the tangent keeps what the
+    # custom_vjp keeps and rebuilds the probabilities.
+    push = jax.checkpoint(_push, prevent_cse=False, static_argnums=(0,))
+    d = push(backend, operands, kept, _without_zeros(d_operands))
+    d_predicted: Any = None
+    if result.predicted is not None:
+        # NumPy has no array of a symbolic size.
+        d_predicted = SymbolicZero.from_primal_value(result.predicted)
+    d_peak = jnp.zeros_like(result.peak)
+    return result, Statistics(d_peak, d.spread, d.nll, d.smooth, d_predicted)
+
+
+# What is not differentiated must not become an array of zeros that is kept.
+_forward.defjvp(_forward_jvp, symbolic_zeros=True)
+
+
+def _push(
+    backend: Backend[Operands], operands: Operands, kept: Statistics, d_operands: Like
+) -> Cotangents:
+    """Tangents of the statistics: the transpose of their pullback."""
+    tree: Any = jax.tree.structure(operands)
+    wanted = tree.unflatten([d is not None for d in tree.flatten_up_to(d_operands)])
+
+    def pull(g: Cotangents) -> list[Array]:
+        d = _pullback(backend, operands, kept, g, wanted, True)
+        return [x for x in tree.flatten_up_to(d) if x is not None]
+
+    like = kept.nll
+    example = Cotangents(like, like, like if backend.spec.smooth else None)
+    (d,) = jax.linear_transpose(pull, example)(jax.tree.leaves(d_operands))
+    return d
+
+
+def _pullback(
+    backend: Backend[Operands],
+    operands: Operands,
+    kept: Statistics,
+    g: Cotangents,
+    wanted: Like,
+    linear: bool,
+) -> Like:
+    """Cotangents of what is wanted, of the types of their primals."""
+    d = backend.pullback(operands, kept, g, wanted, linear)
+
+    def of(value: Array, d: Array | None, want: bool) -> Array | None:
+        return cotangent_like(d, value) if want and d is not None else None
+
+    return jax.tree.map(of, operands, d, wanted)
+
+
+def cotangent_like(d: Array, value: Array) -> Array:
+    """A cotangent in the dtype of its primal, summed over devices where that is one."""
+    return summed_like(d, value).astype(value.dtype)
+
+
+def values_and_wanted(marked: Operands) -> tuple[Operands, Wanted]:
+    """The values of arguments of a `custom_vjp`, and which are differentiated."""
+    leaves, tree = jax.tree.flatten(
+        marked, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
+    )
+    wanted = Wanted(bool(x.perturbed) for x in leaves)
+    return jax.tree.unflatten(tree, [x.value for x in leaves]), wanted
+
+
+def _array(g: Array | SymbolicZero) -> Array:
+    return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
+
+
+def _without_zeros(tangents: Like) -> Like:
+    """The tangents, with None for what is not differentiated."""
+    return jax.tree.map(
+        lambda t: None if isinstance(t, SymbolicZero) else t,
+        tangents,
+        is_leaf=lambda t: isinstance(t, SymbolicZero),
+    )
