@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+# What a caller gave, of any type.
+Given = Any
 Size = Any  # an int, or an expression of the symbols of `jax.export`
 Shape = tuple[Size, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,7 +28,7 @@ _LAYOUTS = ("dv", "vd")
 _STRATEGIES = ("auto", "tokens", "recompute", "vocab", "dense")
 
 
-def logits(x: Any) -> Array:
+def logits(x: Given) -> Array:
     """Floating logits of at least one axis."""
     x = _array("logits", x)
     _demand(
@@ -48,7 +50,7 @@ def logits(x: Any) -> Array:
     return x
 
 
-def class_axes(axis: Any, ndim: int, *, allow_none: bool) -> Shape:
+def class_axes(axis: Given, ndim: int, *, allow_none: bool) -> Shape:
     """Class axes as non-negative ints, in the order given."""
     if axis is None and allow_none:
         return tuple(range(ndim))
@@ -90,7 +92,7 @@ def batch_shape(shape: Shape, axes: Shape) -> Shape:
 
 
 def integer_labels(
-    x: Any, shape: Shape, axes: Shape, ignore_index: Any, *, fused: bool = False
+    x: Given, shape: Shape, axes: Shape, ignore_index: Given, *, fused: bool = False
 ) -> tuple[Array, int | None]:
     """Class ids, one per example, and the one that does not count.
 
@@ -113,7 +115,7 @@ def integer_labels(
     return x, ignored
 
 
-def _narrowed(x: Any, ignored: int | None) -> tuple[Any, int | None]:
+def _narrowed(x: Given, ignored: int | None) -> tuple[Any, int | None]:
     """Labels that JAX would wrap to 32 bits; those that do not fit become invalid."""
     wide = _as_numpy(x)
     if not isinstance(wide, np.ndarray | np.integer) or not wide.dtype.isnative:
@@ -130,7 +132,7 @@ def _narrowed(x: Any, ignored: int | None) -> tuple[Any, int | None]:
     return np.where(wide == ignored, np.int32(-2), ids), -2
 
 
-def _as_numpy(x: Any) -> Any:
+def _as_numpy(x: Given) -> Any:
     """Python numbers and lists of them as an array of as many bits as they need."""
     if not isinstance(x, list | tuple | int):
         return x
@@ -140,7 +142,7 @@ def _as_numpy(x: Any) -> Any:
         return x
 
 
-def is_integer(argument: str, x: Any, *, fused: bool = False) -> None:
+def is_integer(argument: str, x: Given, *, fused: bool = False) -> None:
     """Class ids, not numbers that look like them."""
     fix = f"class ids held as floats convert with {argument}.astype(jnp.int32)."
     if x.dtype == jnp.bool_:
@@ -159,7 +161,7 @@ def is_integer(argument: str, x: Any, *, fused: bool = False) -> None:
     )
 
 
-def dense_labels(x: Any, shape: Shape, axes: Shape, *, fused: bool = False) -> Array:
+def dense_labels(x: Given, shape: Shape, axes: Shape, *, fused: bool = False) -> Array:
     """A weight per class: the logits' rank, sizes equal, or 1 on a batch axis."""
     x = _array("labels", x)
     _demand(
@@ -186,7 +188,7 @@ def dense_labels(x: Any, shape: Shape, axes: Shape, *, fused: bool = False) -> A
     return x
 
 
-def where(x: Any, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None]:
+def where(x: Given, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None]:
     """A mask, as `(classes of the logits' rank, examples of the batch's shape)`."""
     if x is None:
         return None, None
@@ -203,7 +205,7 @@ def where(x: Any, shape: Shape, axes: Shape) -> tuple[Array | None, Array | None
     return jnp.broadcast_to(x, classes), None
 
 
-def _mask(x: Any) -> Array:
+def _mask(x: Given) -> Array:
     x = _array("where", x)
     _demand(
         x.dtype == jnp.bool_,
@@ -216,7 +218,7 @@ def _mask(x: Any) -> Array:
     return x
 
 
-def weights(x: Any, batch: Shape) -> Array | None:
+def weights(x: Given, batch: Shape) -> Array | None:
     """A weight per example; what is not floating is converted."""
     if x is None:
         return None
@@ -238,7 +240,7 @@ def weights(x: Any, batch: Shape) -> Array | None:
     return x
 
 
-def class_weights(x: Any, num_classes: Size) -> Array | None:
+def class_weights(x: Given, num_classes: Size) -> Array | None:
     """A weight per class."""
     if x is None:
         return None
@@ -249,12 +251,12 @@ def class_weights(x: Any, num_classes: Size) -> Array | None:
     return x
 
 
-def hidden(x: Any) -> Array:
+def hidden(x: Given) -> Array:
     """Features of each example, the last axis."""
     return _features("hidden", x, 1, "a feature axis", "(batch, features)")
 
 
-def kernel(x: Any, layout: Any, features: Size) -> Array:
+def kernel(x: Given, layout: Given, features: Size) -> Array:
     """The matrix that turns features into logits."""
     _demand(
         isinstance(layout, str) and layout in _LAYOUTS,
@@ -277,7 +279,7 @@ def kernel(x: Any, layout: Any, features: Size) -> Array:
     return x
 
 
-def bias(x: Any, num_classes: Size) -> Array | None:
+def bias(x: Given, num_classes: Size) -> Array | None:
     """What is added to the logit of each class."""
     if x is None:
         return None
@@ -288,7 +290,7 @@ def bias(x: Any, num_classes: Size) -> Array | None:
 
 
 def fused_where(
-    x: Any, num_classes: Size, batch: Shape
+    x: Given, num_classes: Size, batch: Shape
 ) -> tuple[Array | None, Array | None]:
     """A mask of the classes, which all examples share, or of the examples."""
     if x is None:
@@ -302,7 +304,7 @@ def fused_where(
     return x, None
 
 
-def strategy(x: Any) -> Any:
+def strategy(x: Given) -> Any:
     """How the fused loss goes through the logits."""
     _demand(
         isinstance(x, str) and x in _STRATEGIES,
@@ -349,7 +351,7 @@ def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> Non
     )
 
 
-def workspace_bytes(x: Any) -> int | None:
+def workspace_bytes(x: Given) -> int | None:
     """Bytes that a chunk may take, or None."""
     if x is None:
         return None
@@ -366,13 +368,13 @@ def workspace_bytes(x: Any) -> int | None:
     return number
 
 
-def is_distribution(labels: Any) -> bool:
+def is_distribution(labels: Given) -> bool:
     """Whether labels are floating: a weight per class, not class ids."""
     labels = _array("labels", _as_numpy(_held(labels)))
     return bool(jnp.issubdtype(labels.dtype, jnp.floating))
 
 
-def no_ignore_index(x: Any) -> None:
+def no_ignore_index(x: Given) -> None:
     """Distributions have no id that could be ignored."""
     _demand(
         x is None,
@@ -384,7 +386,7 @@ def no_ignore_index(x: Any) -> None:
     )
 
 
-def _ignore_index(x: Any) -> int | None:
+def _ignore_index(x: Given) -> int | None:
     """A label that does not count."""
     if x is None:
         return None
@@ -392,22 +394,22 @@ def _ignore_index(x: Any) -> int | None:
     return _integer("ignore_index", x, x, "an int or None", fix)
 
 
-def label_smoothing(x: Any) -> Any:
+def label_smoothing(x: Given) -> Any:
     """A fraction, or None for zero."""
     return _scalar("label_smoothing", x, 0.0, 1.0, "a number from 0 to 1, 1 excluded")
 
 
-def z_loss(x: Any) -> Any:
+def z_loss(x: Given) -> Any:
     """A coefficient, or None for zero."""
     return _scalar("z_loss", x, 0.0, math.inf, "a finite number of 0 or more")
 
 
-def logit_scale(x: Any) -> Any:
+def logit_scale(x: Given) -> Any:
     """A factor, or None for one."""
     return _scalar("logit_scale", x, -math.inf, math.inf, "a finite number", drop=1.0)
 
 
-def logit_softcap(x: Any) -> float | None:
+def logit_softcap(x: Given) -> float | None:
     """A positive constant, or None."""
     if x is None:
         return None
@@ -431,7 +433,7 @@ def logit_softcap(x: Any) -> float | None:
     return float(x)
 
 
-def reduction(x: Any) -> Any:
+def reduction(x: Given) -> Any:
     """One of the three reductions."""
     _demand(
         isinstance(x, str) and x in _REDUCTIONS,
@@ -444,12 +446,12 @@ def reduction(x: Any) -> Any:
     return x
 
 
-def axis_name(x: Any) -> tuple[str, ...]:
+def axis_name(x: Given) -> tuple[str, ...]:
     """Mesh axes over which the classes are split; () for none."""
     return _mesh_axes("axis_name", x, "classes", "model")
 
 
-def _mesh_axes(argument: str, x: Any, what: str, example: str) -> tuple[str, ...]:
+def _mesh_axes(argument: str, x: Given, what: str, example: str) -> tuple[str, ...]:
     """Mesh axes of a `shard_map` over which something is split; () for none."""
     names = x if isinstance(x, tuple) else () if x is None else (x,)
     _demand(
@@ -528,7 +530,7 @@ def _varying_axes(x: Array) -> frozenset[str]:
     return frozenset() if manual is None else manual.varying
 
 
-def flag(argument: str, x: Any) -> bool:
+def flag(argument: str, x: Given) -> bool:
     """A Python bool."""
     _demand_static(argument, x, "True or False")
     _demand(
@@ -594,7 +596,7 @@ def _demand_shape(argument: str, x: Array, shape: Any, expected: str, fix: str) 
         raise ValueError(message) from None
 
 
-def _demand_static(argument: str, x: Any, expected: str) -> None:
+def _demand_static(argument: str, x: Given, expected: str) -> None:
     """What a loss is compiled for cannot be a value of the compiled function."""
     _demand(
         not isinstance(x, jax.Array),
@@ -608,7 +610,7 @@ def _demand_static(argument: str, x: Any, expected: str) -> None:
     )
 
 
-def _array(argument: str, x: Any) -> Array:
+def _array(argument: str, x: Given) -> Array:
     x = _held(x)
     if isinstance(x, jax.Array):
         # An eager gradient would have it converted to what it is, and `jax_debug_nans`
@@ -631,13 +633,13 @@ def _array(argument: str, x: Any) -> Array:
         raise TypeError(message) from error
 
 
-def _held(x: Any) -> Any:
+def _held(x: Given) -> Any:
     """The array that a variable of a model holds, or the argument itself."""
     held = getattr(x, "__jax_array__", None)
     return x if held is None or isinstance(x, type) else held()
 
 
-def _features(argument: str, x: Any, ndim: int, axes: str, shape: str) -> Array:
+def _features(argument: str, x: Given, ndim: int, axes: str, shape: str) -> Array:
     """A factor of the logits."""
     x = _array(argument, x)
     _demand(
@@ -659,7 +661,7 @@ def _features(argument: str, x: Any, ndim: int, axes: str, shape: str) -> Array:
     return x
 
 
-def _floating(argument: str, x: Any) -> Array:
+def _floating(argument: str, x: Given) -> Array:
     x = _array(argument, x)
     _demand(
         jnp.issubdtype(x.dtype, jnp.floating),
@@ -673,7 +675,7 @@ def _floating(argument: str, x: Any) -> Array:
 
 
 def _scalar(
-    argument: str, x: Any, low: float, high: float, expected: str, drop: float = 0.0
+    argument: str, x: Given, low: float, high: float, expected: str, drop: float = 0.0
 ) -> Any:
     """A scalar in `[low, high)`; a Python number equal to `drop` becomes None."""
     x = _held(x)
@@ -698,7 +700,7 @@ def _scalar(
     return x
 
 
-def _integer(argument: str, x: Any, given: Any, expected: str, fix: str) -> int:
+def _integer(argument: str, x: Given, given: Given, expected: str, fix: str) -> int:
     """An int of Python, of NumPy, or of a JAX scalar whose value is known."""
     x = _held(x)
     if isinstance(x, jax.core.Tracer):
@@ -713,7 +715,7 @@ def _integer(argument: str, x: Any, given: Any, expected: str, fix: str) -> int:
         raise TypeError(message) from None
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: Given) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_)
 
 
@@ -722,7 +724,7 @@ def _is_real(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
-def _describe(x: Any) -> str:
+def _describe(x: Given) -> str:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"an array of shape {tuple(x.shape)} and dtype {x.dtype}"
     if isinstance(x, dict | list | tuple | set):

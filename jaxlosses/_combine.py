@@ -40,6 +40,10 @@ class Stats(NamedTuple):
     correct: Bool[Array, "*B"]
 
 
+# The loss, and with `return_stats` its metrics.
+Result = Array | tuple[Array, Stats]
+
+
 class Terms(NamedTuple):
     """What one example contributes, as `[B]` vectors; `smooth` only where used."""
 

@@ -2,19 +2,22 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxlosses import _checks, _combine, _options, _rules, _sharding
 from jaxlosses._backends.logits import OnLogits
-from jaxlosses._combine import Example, Reduction
+from jaxlosses._checks import Given
+from jaxlosses._combine import Example, Reduction, Result
 from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype, any_class, both
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static
+from jaxlosses._types import DType
 
 
 @_checks.names_forward_mode
@@ -35,7 +38,7 @@ def softmax_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
     return_stats: bool = False,
-) -> Any:
+) -> Result:
     """Softmax cross-entropy between logits and label distributions.
 
     For each example, with `q` the labels and `w` the class weights:
@@ -135,7 +138,7 @@ def softmax_cross_entropy_with_integer_labels(
     axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
     return_stats: bool = False,
-) -> Any:
+) -> Result:
     """Softmax cross-entropy between logits and class ids.
 
     For each example with label `y`, class weights `w` and smoothing `α`:
@@ -270,9 +273,9 @@ def _run(
     logits: Float[Array, "..."],
     labels: Array,
     axes: tuple[int, ...],
-    where: Any,
-    **options: Any,
-) -> Any:
+    where: Given,
+    **options: Given,
+) -> Result:
     shape = logits.shape
     batch = _checks.batch_shape(shape, axes)
     masks = _checks.where(where, shape, axes)
@@ -283,7 +286,7 @@ def _run(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_on_logits(static: Static, arrays: Arrays) -> Any:
+def loss_on_logits(static: Static, arrays: Arrays) -> Result:
     """The loss of arguments that are checked; with metrics, if they are wanted."""
     spec = static.spec
     mesh = _sharding.explicit_mesh(arrays)
@@ -311,14 +314,14 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Any:
         spec, inputs, found, coefficients, weighed, example, plain_nll
     )
     loss = _options.reduced(static, out.loss, masses)
-    return (loss, out.stats) if static.return_stats else loss
+    return loss if out.stats is None else (loss, out.stats)
 
 
 def _statistics(spec: Spec, inputs: Inputs, forward_mode: bool = False) -> Statistics:
     return _rules.statistics(OnLogits(spec), inputs, forward_mode)
 
 
-def _inputs(static: Static, arrays: Arrays, dtype: Any) -> tuple[Inputs, Example]:
+def _inputs(static: Static, arrays: Arrays, dtype: DType) -> tuple[Inputs, Example]:
     """What the statistics depend on, and what else is known of each example."""
     spec, logits, labels = static.spec, arrays.logits, arrays.labels
     options = arrays.options
@@ -358,7 +361,7 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
     return _options.all_of(masks, batch)
 
 
-def _split_alike(spec: Spec, arrays: Arrays, mesh: Any) -> Arrays:
+def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh) -> Arrays:
     """On a mesh of explicit axes: what belongs to the logits, split as they are."""
     logits = _sharding.split_of(arrays.logits)
     batch = tuple(a for i, a in enumerate(logits) if i not in spec.axes)

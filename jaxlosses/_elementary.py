@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxlosses._math import pairs
 from jaxlosses._platform import by_platform
-from jaxlosses._sizes import are_numbers
+from jaxlosses._types import are_numbers
 
 Values = Float[Array, "..."]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,11 @@ from jaxlosses._backends.head import (
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
-from jaxlosses._combine import Coefficients, Example, Losses, Reduction
+from jaxlosses._combine import Coefficients, Example, Losses, Reduction, Result
 from jaxlosses._cross_entropy import Arrays, loss_on_logits
 from jaxlosses._math.classes import Spec, accumulation_dtype, any_class
 from jaxlosses._options import Options, Static
+from jaxlosses._types import DType
 
 
 @_checks.names_forward_mode
@@ -54,7 +55,7 @@ def linear_softmax_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
     return_stats: bool = False,
-) -> Any:
+) -> Result:
     """Softmax cross-entropy of `hidden @ kernel + bias`, without holding the logits.
 
     For each example with label `y`, class weights `w` and smoothing `α`:
@@ -217,18 +218,18 @@ class _Arrays(NamedTuple):
     options: Options
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         """Of sums."""
         return accumulation_dtype(compute_dtype(self.head))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(static: _Fused, arrays: _Arrays) -> Any:
+def _loss(static: _Fused, arrays: _Arrays) -> Result:
     mesh = _sharding.explicit_mesh(arrays)
     return _run(static, arrays) if mesh is None else _by_hand(static, arrays, mesh)
 
 
-def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh) -> Any:
+def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh) -> Result:
     """On a mesh of explicit axes: split as the types say, inside a `shard_map`.
 
     Examples stay as they are split. The classes stay where no axis of the examples
@@ -262,7 +263,7 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh) -> Any:
     return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
 
-def _run(static: _Fused, arrays: _Arrays) -> Any:
+def _run(static: _Fused, arrays: _Arrays) -> Result:
     """The loss of arrays of which every axis may be cut, or none."""
     counted = _counted(static, arrays)
     if counted is not None:  # a NaN times a cotangent of zero would be NaN
@@ -283,20 +284,19 @@ def _run(static: _Fused, arrays: _Arrays) -> Any:
         on_logits = on_logits.of_rank(1)
     cut = dataclasses.replace(static, on_logits=on_logits)
     loss, stats = _in_chunks(cut, way, plan, arrays)
-    if stats is not None:
-        stats = jax.tree.map(lambda a: a.reshape(batch), stats)
-    if on_logits.reduction == "none":
-        loss = loss.reshape(batch)
-    return loss if stats is None else (loss, stats)
+    loss = loss.reshape(batch) if on_logits.reduction == "none" else loss
+    if stats is None:
+        return loss
+    return loss, jax.tree.map(lambda a: a.reshape(batch), stats)
 
 
-def _on_logits(static: _Fused, arrays: _Arrays) -> Any:
+def _on_logits(static: _Fused, arrays: _Arrays) -> Result:
     """The loss on all logits at once."""
     on_logits = static.on_logits
     rule = head.project if on_logits.forward_mode else head.logits
-    where, batch = arrays.where, arrays.head.hidden.shape[:-1]
-    if where is not None:
-        where = where.reshape((1,) * len(batch) + (-1,))
+    batch = arrays.head.hidden.shape[:-1]
+    of_all = (1,) * len(batch) + (-1,)
+    where = None if arrays.where is None else arrays.where.reshape(of_all)
     masks = _options.all_of(_masks(arrays), batch)
     z = rule(static.layout, arrays.head)
     given = Arrays(z, arrays.labels, where, masks, arrays.options)
@@ -353,8 +353,8 @@ def _in_chunks(static: _Fused, way: choose.Way, plan: Plan, arrays: _Arrays) -> 
 def _loss_of_chunk(
     spec: Spec,
     z: Array,
-    shared: tuple[Any, Any, Coefficients, Coefficients],
-    rows: tuple[Any, Any],
+    shared: tuple[Array | None, Array | None, Coefficients, Coefficients],
+    rows: tuple[Array | None, Array | None],
     labels: Labels,
     exists: Bool[Array, " V"] | None,
 ) -> Losses:

@@ -5,7 +5,7 @@ Its static half is what a loss is compiled for; the other may change from call t
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +13,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine
+from jaxlosses._checks import Given
 from jaxlosses._combine import Coefficients, Example, Masses, Reduction
 from jaxlosses._math.classes import Spec, count_of
 from jaxlosses._sharding import as_ids, shards_over
-from jaxlosses._sizes import Shape, Size
+from jaxlosses._types import DType, Shape, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +67,15 @@ class Options(NamedTuple):
     z_loss: float | Array | None
     logit_scale: float | Array | None
 
-    def coefficients(self, dtype: Any) -> Coefficients:
+    def coefficients(self, dtype: DType) -> Coefficients:
         """Of the terms of a loss."""
         return Coefficients(_of(self.label_smoothing, dtype), _of(self.z_loss, dtype))
 
-    def scale(self, dtype: Any) -> Float[Array, ""] | None:
+    def scale(self, dtype: DType) -> Float[Array, ""] | None:
         """The factor of the logits."""
         return _of(self.logit_scale, dtype)
 
-    def example_weights(self, dtype: Any) -> Float[Array, "*B"] | None:
+    def example_weights(self, dtype: DType) -> Float[Array, "*B"] | None:
         """The weight of each example."""
         return _of(self.weights, dtype)
 
@@ -86,16 +87,16 @@ def check(
     *,
     dense: bool,
     ignored: int | None,
-    class_weights: Any,
-    label_smoothing: Any,
-    z_loss: Any,
-    logit_softcap: Any,
-    logit_scale: Any,
-    weights: Any,
-    reduction: Any,
-    axis_name: Any,
-    forward_mode: Any,
-    return_stats: Any,
+    class_weights: Given,
+    label_smoothing: Given,
+    z_loss: Given,
+    logit_softcap: Given,
+    logit_scale: Given,
+    weights: Given,
+    reduction: Given,
+    axis_name: Given,
+    forward_mode: Given,
+    return_stats: Given,
 ) -> tuple[Static, Options]:
     """Both halves of the record, from options as the caller gave them."""
     options = Options(
@@ -160,7 +161,7 @@ def weights_of_labels(
     spec: Spec,
     class_weights: Float[Array, " V"],
     ids: Integer[Array, "..."],
-    dtype: Any,
+    dtype: DType,
 ) -> Float[Array, "..."]:
     """The class weight of each label; for one that is no class, the loss is NaN."""
     size = class_weights.size
@@ -207,6 +208,6 @@ def over_batch(
     return total if masses is None else _combine.mean_of(total, masses)
 
 
-def _of(x: Any, dtype: Any) -> Array | None:
+def _of(x: float | Array | None, dtype: DType) -> Array | None:
     """An array of the dtype, or None."""
     return None if x is None else jnp.asarray(x).astype(dtype)

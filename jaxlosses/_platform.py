@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._sizes import Size
+from jaxlosses._types import Size
 
 Result = TypeVar("Result")
 

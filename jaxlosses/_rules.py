@@ -19,10 +19,9 @@ from jaxlosses._math.classes import Spec, Values
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._sharding import summed_like
+from jaxlosses._types import Tree
 
 Operands = TypeVar("Operands", contravariant=True)
-# A tree of the structure of some operands: of arrays, of bools, or None.
-Like = Any
 
 
 @runtime_checkable  # annotations are enforced in tests
@@ -44,9 +43,9 @@ class Backend(Protocol[Operands]):
         operands: Operands,
         kept: Statistics,
         cotangents: Cotangents,
-        wanted: Like,
+        wanted: Tree,
         linear: bool,
-    ) -> Like:
+    ) -> Tree:
         """Cotangents of the operands, rebuilt from the statistics.
 
         Args:
@@ -77,7 +76,7 @@ class Residuals(NamedTuple):
         nll: negative log-likelihood, for the entry at the label; `-inf` for NaN.
     """
 
-    operands: Any
+    operands: Tree
     wanted: Wanted
     peak: Values
     spread: Values
@@ -121,7 +120,7 @@ def _reverse_fwd(
 
 def _reverse_bwd(
     backend: Backend[Operands], residuals: Residuals, g: Statistics
-) -> tuple[Like]:
+) -> tuple[Tree]:
     operands, flags, peak, spread, nll = residuals
     kept = Statistics(
         peak, spread, jnp.where(nll == -jnp.inf, jnp.nan, nll), None, None
@@ -143,8 +142,8 @@ def _forward(backend: Backend[Operands], operands: Operands) -> Statistics:
 
 
 def _forward_jvp(
-    backend: Backend[Operands], primals: tuple[Operands], tangents: tuple[Like]
-) -> tuple[Statistics, Like]:
+    backend: Backend[Operands], primals: tuple[Operands], tangents: tuple[Tree]
+) -> tuple[Statistics, Tree]:
     (operands,), (d_operands,) = primals, tangents
     result = _forward(backend, operands)
     kept = Statistics(result.peak, result.spread, result.nll, None, None)
@@ -165,7 +164,7 @@ _forward.defjvp(_forward_jvp, symbolic_zeros=True)
 
 
 def _push(
-    backend: Backend[Operands], operands: Operands, kept: Statistics, d_operands: Like
+    backend: Backend[Operands], operands: Operands, kept: Statistics, d_operands: Tree
 ) -> Cotangents:
     """Tangents of the statistics: the transpose of their pullback."""
     tree: Any = jax.tree.structure(operands)
@@ -186,9 +185,9 @@ def _pullback(
     operands: Operands,
     kept: Statistics,
     g: Cotangents,
-    wanted: Like,
+    wanted: Tree,
     linear: bool,
-) -> Like:
+) -> Tree:
     """Cotangents of what is wanted, of the types of their primals."""
     d = backend.pullback(operands, kept, g, wanted, linear)
 
@@ -216,7 +215,7 @@ def _array(g: Array | SymbolicZero) -> Array:
     return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
 
 
-def _without_zeros(tangents: Like) -> Like:
+def _without_zeros(tangents: Tree) -> Tree:
     """The tangents, with None for what is not differentiated."""
     return jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxlosses._math.classes import Whole
-from jaxlosses._sizes import Size
+from jaxlosses._types import Size, Tree
 
 # A tree of arrays, in which None stands for what is not given.
 Arrays = TypeVar("Arrays")
@@ -27,7 +27,7 @@ Split = tuple[Any, ...]
 """The mesh axes of each axis of an array: a name, several, or None."""
 
 
-def explicit_mesh(*arrays: Any) -> Any:
+def explicit_mesh(*arrays: Tree) -> Tree:
     """The mesh of the first array that is on explicit axes, or None."""
     for x in jax.tree.leaves(arrays):
         mesh: Any = jax.typeof(x).sharding.mesh
@@ -36,30 +36,30 @@ def explicit_mesh(*arrays: Any) -> Any:
     return None
 
 
-def split_of(x: Any) -> Split:
+def split_of(x: Tree) -> Split:
     """How each axis of an array is split by explicit mesh axes."""
     entries = tuple(jax.typeof(x).sharding.spec)
     return entries + (None,) * (x.ndim - len(entries))
 
 
-def names(entry: Any) -> tuple[str, ...]:
+def names(entry: Tree) -> tuple[str, ...]:
     """Mesh axes of one entry of a split."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def split_like(x: Any, like: Any) -> Any:
+def split_like(x: Tree, like: Tree) -> Tree:
     """An array, split as another one of its rank is."""
     mesh = explicit_mesh(like)
     return x if mesh is None else reshard(mesh, x, split_of(like))
 
 
-def as_ids(ids: Any) -> NamedSharding | None:
+def as_ids(ids: Tree) -> NamedSharding | None:
     """The type of what is looked up for each id; None where JAX derives it."""
     mesh = explicit_mesh(ids)
     return None if mesh is None else NamedSharding(mesh, P(*split_of(ids)))
 
 
-def of_splits(*records: type) -> Any:
+def of_splits(*records: type) -> Tree:
     """Records of arrays, to be filled with how each of them is split."""
     return records
 
@@ -70,7 +70,7 @@ def partitions(arrays: Arrays, splits: Arrays) -> Arrays:
     An axis of size 1, along which something is shared, cannot be split.
     """
 
-    def of(x: Any, split: Split) -> P | None:
+    def of(x: Tree, split: Split) -> P | None:
         if x is None:
             return None
         return P(*(None if n == 1 else a for n, a in zip(x.shape, split, strict=True)))
@@ -78,22 +78,22 @@ def partitions(arrays: Arrays, splits: Arrays) -> Arrays:
     return jax.tree.map(of, arrays, splits, is_leaf=lambda x: x is None)
 
 
-def reshard(mesh: Any, arrays: Arrays, splits: Arrays) -> Arrays:
+def reshard(mesh: Tree, arrays: Arrays, splits: Arrays) -> Arrays:
     """What is given, split as it is to be."""
 
-    def put(x: Any, partition: P) -> Any:
+    def put(x: Tree, partition: P) -> Tree:
         return jax.sharding.reshard(x, NamedSharding(mesh, partition))
 
     return jax.tree.map(put, arrays, partitions(arrays, splits))
 
 
 def by_hand(
-    run: Callable[[Arrays], Any],
-    mesh: Any,
+    run: Callable[[Arrays], Tree],
+    mesh: Tree,
     arrays: Arrays,
     splits: Arrays,
-    out_specs: Any,
-) -> Any:
+    out_specs: Tree,
+) -> Tree:
     """Runs a function of arrays inside a `shard_map` over all explicit axes.
 
     Args:
@@ -140,26 +140,26 @@ def shards_over(names: tuple[str, ...]) -> Whole:
     return Shards(names) if names else Whole()
 
 
-def varying_axes(a: Any) -> frozenset[str]:
+def varying_axes(a: Tree) -> frozenset[str]:
     """Mesh axes of a `shard_map` along which an array, or a shape, may differ."""
     aval: Any = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
     manual = aval.manual_axis_type
     return frozenset() if manual is None else manual.varying
 
 
-def summed_like(cotangent: Array, primal: Any) -> Array:
+def summed_like(cotangent: Array, primal: Tree) -> Array:
     """Inside a `shard_map`, sums a cotangent over axes on which its primal is equal."""
     axes = varying_axes(cotangent) - varying_axes(primal)
     return lax.psum(cotangent, tuple(sorted(axes))) if axes else cotangent
 
 
-def typed_like(a: Array, like: Any) -> Array:
+def typed_like(a: Array, like: Tree) -> Array:
     """Inside a `shard_map`, an array typed as varying wherever another one is."""
     axes = tuple(sorted(varying_axes(like) - varying_axes(a)))
     return lax.pcast(a, axes, to="varying") if axes else a
 
 
-def scan(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
+def scan(body: Callable[[Tree, Tree], Tree], start: Tree, xs: Tree) -> Tree:
     """`lax.scan`, with constants at the start typed as the loop makes them."""
     first = jax.tree.map(lambda a: a[0], xs)
     like, _ = jax.eval_shape(body, start, first)

@@ -26,7 +26,7 @@ FOLDERS = {"_math", "_backends"}
 
 # Lower layers know nothing of higher ones. `_checks` is open to everyone.
 LAYERS = [
-    {"_sizes"},
+    {"_types"},
     {"_platform", "_math.pairs"},
     {"_elementary", "_math.softcap"},
     {"_math.classes"},
@@ -46,13 +46,13 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What the modules of a room may import of the package; others may import all below.
 KNOWS = {
-    "_math": {"_math", "_elementary", "_sizes"},
+    "_math": {"_math", "_elementary", "_types"},
     "_combine": {"_math"},
-    "_options": {"_math", "_combine", "_sharding", "_sizes", "_checks"},
-    "_rules": {"_math", "_sharding"},
+    "_options": {"_math", "_combine", "_sharding", "_types", "_checks"},
+    "_rules": {"_math", "_sharding", "_types"},
     "_backends": {
         *("_backends", "_rules", "_math", "_elementary"),
-        *("_sharding", "_platform", "_sizes"),
+        *("_sharding", "_platform", "_types"),
     },
 }
 # What a trace can ask about the machine, asked in one room.

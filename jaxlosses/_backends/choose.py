@@ -12,7 +12,7 @@ from jaxlosses._math.classes import Inputs, Spec, Whole, accumulation_dtype
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._platform import by_platform, is_cpu, is_local
 from jaxlosses._sharding import explicit_mesh
-from jaxlosses._sizes import Size, are_numbers
+from jaxlosses._types import Size, are_numbers
 
 Way = Literal["tokens", "recompute", "vocab", "dense"]
 Strategy = Literal["auto", Way]

@@ -1,7 +1,6 @@
 """Examples in chunks and back, and the gradients that chunks add up."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array
 from jaxlosses._backends.head import Head, Labels, Layout, Wants, pull
 from jaxlosses._platform import take
 from jaxlosses._sharding import scan, typed_like
+from jaxlosses._types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Cut:
         # What pads is zero: labels of class 0 that do not count.
         self.labels: Labels = self.split(Labels(ids, counted))
 
-    def split(self, tree: Any) -> Any:
+    def split(self, tree: Tree) -> Tree:
         """Every `B...` array as chunks along a new first axis."""
         return jax.tree.map(self._split, tree)
 
-    def join(self, tree: Any) -> Any:
+    def join(self, tree: Tree) -> Tree:
         """The inverse of `split`."""
         return jax.tree.map(self._join, tree)
 
-    def loop(self, body: Any, start: Any, chunks: Any) -> tuple[Any, Any]:
+    def loop(self, body: Tree, start: Tree, chunks: Tree) -> tuple[Tree, Tree]:
         """`lax.scan` over the chunks; one without examples that count is skipped."""
         if self._num_counted is None:
             return scan(body, start, chunks)
@@ -72,14 +72,14 @@ class Cut:
         start = jax.tree.map(typed_like, start, carry)
         _, like = jax.eval_shape(body, start, first)
 
-        def idle(carry: Any, chunk: Any) -> tuple[Any, Any]:
+        def idle(carry: Tree, chunk: Tree) -> tuple[Tree, Tree]:
             del chunk
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
             return carry, jax.tree.map(typed_like, zeros, like)
 
-        def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        def step(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
             i, chunk = x
-            out: tuple[Any, Any] = lax.cond(
+            out: tuple[Tree, Tree] = lax.cond(
                 i * size < num_counted, body, idle, carry, chunk
             )
             return out

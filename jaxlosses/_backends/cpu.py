@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jaxlosses._math.classes import (
 from jaxlosses._math.statistics import Partial, Reading, Statistics
 from jaxlosses._math.transform import gap_of, scaled, signed_of
 from jaxlosses._platform import in_memory, take
-from jaxlosses._sizes import Size
+from jaxlosses._types import Size, Tree
 
 Result = TypeVar("Result")
 
@@ -153,7 +153,7 @@ def in_blocks(
     @blocked.def_vmap
     def of_more_rows(
         size: Size, mapped: list[Inputs], inputs: Inputs
-    ) -> tuple[Statistics, Any]:
+    ) -> tuple[Statistics, Tree]:
         (is_mapped,) = mapped
         more = dataclasses.replace(spec, axes=tuple(axis + 1 for axis in spec.axes))
         rows = _with_rows(size, is_mapped, inputs)

@@ -21,7 +21,7 @@ from jaxlosses._math.classes import (
     accumulation_dtype,
 )
 from jaxlosses._rules import cotangent_like
-from jaxlosses._sizes import Size
+from jaxlosses._types import DType, Size, Tree
 
 Layout = Literal["dv", "vd"]
 
@@ -37,8 +37,8 @@ class Head(NamedTuple):
     As a cotangent, None stands for zero.
     """
 
-    hidden: Any
-    kernel: Any
+    hidden: Tree
+    kernel: Tree
     bias: Float[Array, " V"] | None
 
 
@@ -80,7 +80,7 @@ class Wants(NamedTuple):
     bias: bool
 
 
-def compute_dtype(head: Head) -> Any:
+def compute_dtype(head: Head) -> Tree:
     """The dtype of all three matmuls."""
     # What strict promotion refuses is documented here.
     with jax.numpy_dtype_promotion("standard"):
@@ -139,7 +139,7 @@ def pull(layout: Layout, head: Head, d_logits: Array, wants: Wants) -> Head:
 
 
 def _dot(
-    a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: Any
+    a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: DType
 ) -> Array:
     return lax.dot_general(
         a.astype(dtype),
@@ -177,11 +177,11 @@ def inputs_of(
     )
 
 
-def squeezed(spec: Spec, tree: Any) -> Any:
+def squeezed(spec: Spec, tree: Tree) -> Tree:
     """Statistics without their class axis."""
     return jax.tree.map(lambda a: jnp.squeeze(a, spec.axes), tree)
 
 
-def expanded(spec: Spec, tree: Any) -> Any:
+def expanded(spec: Spec, tree: Tree) -> Tree:
     """The inverse of `squeezed`."""
     return jax.tree.map(lambda a: jnp.expand_dims(a, spec.axes), tree)

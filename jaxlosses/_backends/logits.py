@@ -7,7 +7,7 @@ from jaxlosses._math import gradient
 from jaxlosses._math.classes import Inputs, Spec
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
-from jaxlosses._rules import Like
+from jaxlosses._types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class OnLogits:
         inputs: Inputs,
         kept: Statistics,
         cotangents: Cotangents,
-        wanted: Like,
+        wanted: Tree,
         linear: bool,
-    ) -> Like:
+    ) -> Tree:
         """All that there is: what is not wanted is removed by XLA."""
         del wanted
         d = gradient.pullback(self.spec, inputs, kept, cotangents, linear=linear)

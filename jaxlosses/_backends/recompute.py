@@ -1,7 +1,6 @@
 """Chunks of examples, whose logits the backward pass computes again."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxlosses._math import gradient
 from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
-from jaxlosses._rules import Like
+from jaxlosses._types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class ByExamples:
         """The logits of one chunk at a time."""
         cut = Cut(self.plan, product.labels)
 
-        def body(carry: tuple[()], chunk: Any) -> tuple[tuple[()], Statistics]:
+        def body(carry: tuple[()], chunk: Tree) -> tuple[tuple[()], Statistics]:
             hidden, labels = chunk
             inputs, _ = self._chunk(product, hidden, labels)
             return carry, squeezed(self.spec, choose.evaluate(self.spec, inputs))
@@ -54,7 +53,7 @@ class ByExamples:
         cotangents: Cotangents,
         wanted: Product,
         linear: bool,
-    ) -> Like:
+    ) -> Tree:
         """The logits of each chunk again, and what it adds to the gradients."""
         spec, head = self.spec, product.head
         wants = Wants(*map(bool, wanted.head))
@@ -63,7 +62,7 @@ class ByExamples:
         cut = Cut(self.plan, product.labels)
         acc = accumulation_dtype(compute_dtype(head))
 
-        def body(carry: tuple[Any, ...], chunk: Any) -> tuple[tuple[Any, ...], Any]:
+        def body(carry: tuple[Tree, ...], chunk: Tree) -> tuple[tuple[Tree, ...], Tree]:
             hidden, labels, kept, g = chunk
             inputs, own = self._chunk(product, hidden, labels)
             d = gradient.pullback(
@@ -78,7 +77,7 @@ class ByExamples:
             d_others = jax.tree.map(jnp.add, d_others, more)
             return (here._replace(hidden=None), *d_others), here.hidden
 
-        def zeros(like: Any, want: bool) -> Any:
+        def zeros(like: Tree, want: bool) -> Tree:
             return jnp.zeros_like(like, dtype=acc) if want else None
 
         sums = Head(
@@ -97,7 +96,7 @@ class ByExamples:
         return Product(d_head, d_class_weights, d_scale, NO_LABELS, None)
 
     def _chunk(
-        self, product: Product, hidden: Any, labels: Labels
+        self, product: Product, hidden: Tree, labels: Labels
     ) -> tuple[Inputs, Head]:
         head = product.head._replace(hidden=hidden)
         z = project(self.plan.layout, head)

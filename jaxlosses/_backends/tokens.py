@@ -5,7 +5,7 @@ For a sum or mean alone, whose scalar cotangent can be applied afterwards.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxlosses._backends.head import (
 from jaxlosses._math.classes import accumulation_dtype
 from jaxlosses._rules import cotangent_like, values_and_wanted
 from jaxlosses._sharding import typed_like
+from jaxlosses._types import Tree
 
 
 class Operands(NamedTuple):
@@ -38,20 +39,21 @@ class Operands(NamedTuple):
     """
 
     head: Head
-    shared: Any
-    rows: Any
+    shared: Tree
+    rows: Tree
     labels: Labels
     exists: Bool[Array, " V"] | None
 
 
 # logits, shared, rows, labels, exists -> loss of each example, and what else to keep
 LossOf = Callable[
-    [Array, Any, Any, Labels, Bool[Array, " V"] | None], tuple[Float[Array, "*B"], Any]
+    [Array, Tree, Tree, Labels, Bool[Array, " V"] | None],
+    tuple[Float[Array, "*B"], Tree],
 ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def summed(plan: Plan, loss_of: LossOf, operands: Operands) -> tuple[Array, Any]:
+def summed(plan: Plan, loss_of: LossOf, operands: Operands) -> tuple[Array, Tree]:
     """The sum of the losses, and what `loss_of` keeps of each example.
 
     Differentiated, it forms every gradient that is asked for in its one pass over the
@@ -60,7 +62,7 @@ def summed(plan: Plan, loss_of: LossOf, operands: Operands) -> tuple[Array, Any]
     return _sum_and_gradient(plan, loss_of, operands, None)[0]
 
 
-def _summed_fwd(plan: Plan, loss_of: LossOf, marked: Operands) -> tuple[Any, Any]:
+def _summed_fwd(plan: Plan, loss_of: LossOf, marked: Operands) -> tuple[Tree, Tree]:
     operands, flags = values_and_wanted(marked)
     wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
     out, gradient = _sum_and_gradient(plan, loss_of, operands, wanted)
@@ -68,7 +70,7 @@ def _summed_fwd(plan: Plan, loss_of: LossOf, marked: Operands) -> tuple[Any, Any
 
 
 def _summed_bwd(
-    plan: Plan, loss_of: LossOf, residuals: tuple[Operands, Operands], g: Any
+    plan: Plan, loss_of: LossOf, residuals: tuple[Operands, Operands], g: Tree
 ) -> tuple[Operands]:
     del plan, loss_of
     operands, gradient = residuals
@@ -87,7 +89,7 @@ summed.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
 
 def _sum_and_gradient(
     plan: Plan, loss_of: LossOf, operands: Operands, wanted: Operands | None
-) -> tuple[tuple[Array, Any], Operands]:
+) -> tuple[tuple[Array, Tree], Operands]:
     """The sum, what is kept, and the gradient in the accumulation dtype.
 
     The gradient has the structure of the operands, with None where none is wanted.
@@ -107,15 +109,15 @@ def _sum_and_gradient(
         want_shared = jax.tree.leaves(wanted.shared)
         want_rows = jax.tree.leaves(wanted.rows)
 
-    def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
+    def body(carry: Tree, chunk: Tree) -> tuple[Tree, Tree]:
         total, sums, d_shared = carry
         hidden, row, ids = chunk
         own = head._replace(hidden=hidden)
         z = project(plan.layout, own)
 
         def loss(
-            z_in: Array | None, shared_in: list[Any], row_in: list[Any]
-        ) -> tuple[Array, Any]:
+            z_in: Array | None, shared_in: list[Tree], row_in: list[Tree]
+        ) -> tuple[Array, Tree]:
             values, keep = loss_of(
                 z if z_in is None else z_in,
                 jax.tree.unflatten(shared_tree, _filled(shared_in, shared)),
@@ -142,7 +144,7 @@ def _sum_and_gradient(
         d_shared = jax.tree.map(jnp.add, d_shared, d_shared_here)
         return (total + value, sums, d_shared), (keep, d_hidden, d_row)
 
-    def zeros(like: Any, want: bool) -> Any:
+    def zeros(like: Tree, want: bool) -> Tree:
         return jnp.zeros_like(like, dtype=acc) if want else None
 
     start = (
@@ -163,10 +165,10 @@ def _sum_and_gradient(
     return (total, keep), gradient
 
 
-def _only(wanted: list[bool], values: list[Any]) -> list[Any]:
+def _only(wanted: list[bool], values: list[Tree]) -> list[Tree]:
     return [x if want else None for want, x in zip(wanted, values, strict=True)]
 
 
-def _filled(values: list[Any], defaults: list[Any]) -> list[Any]:
+def _filled(values: list[Tree], defaults: list[Tree]) -> list[Tree]:
     pairs = zip(values, defaults, strict=True)
     return [default if x is None else x for x, default in pairs]

@@ -1,7 +1,7 @@
 """Chunks of classes, merged; the backward pass computes their logits again."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ from jaxlosses._math.classes import (
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Partial, Statistics
 from jaxlosses._platform import put, take
-from jaxlosses._rules import Like
 from jaxlosses._sharding import scan
+from jaxlosses._types import DType, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ByClasses:
         cotangents: Cotangents,
         wanted: Product,
         linear: bool,
-    ) -> Like:
+    ) -> Tree:
         """The logits of each chunk again, and its part of the gradients."""
         spec, head = self.spec, product.head
         wants = Wants(*map(bool, wanted.head))
@@ -91,7 +91,7 @@ class ByClasses:
             )
             here = pull(self.plan.layout, piece.head, d.logits, wants)
 
-            def placed(a: Any, part: Any, axis: int = 0) -> Any:
+            def placed(a: Tree, part: Tree, axis: int = 0) -> Tree:
                 if a is None:
                     return None
                 part = part.astype(a.dtype)
@@ -112,7 +112,7 @@ class ByClasses:
                 d_scale = d_scale + d.scale
             return Product(d_head, d_class_weights, d_scale, NO_LABELS, None), None
 
-        def zeros(like: Any, want: bool, dtype: Any = acc) -> Any:
+        def zeros(like: Tree, want: bool, dtype: DType = acc) -> Tree:
             return jnp.zeros_like(like, dtype=dtype) if want else None
 
         start = Product(
@@ -179,7 +179,7 @@ class _Pieces:
         product, size, rank = self._product, self._size, self._product.head.hidden.ndim
         start = jnp.minimum(i * size, self.num_classes - size)
 
-        def part(a: Any, axis: int = 0) -> Any:
+        def part(a: Tree, axis: int = 0) -> Tree:
             return None if a is None else take(a, start, size, axis)
 
         head = product.head._replace(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxlosses._sizes import Shape, Size
+from jaxlosses._types import DType, Shape, Size
 
 Values = Float[Array, "..."]
 # Of what only the shape and dtype are asked.
@@ -106,7 +106,7 @@ class Inputs(NamedTuple):
     scale: Float[Array, ""] | None = None
 
 
-def accumulation_dtype(dtype: Any) -> Any:
+def accumulation_dtype(dtype: DType) -> Any:
     """float64 for float64, float32 for everything smaller."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
@@ -166,7 +166,7 @@ def weighted(a: Values, inputs: Inputs) -> Values:
     return a * inputs.class_weights.astype(a.dtype)
 
 
-def targets_of(inputs: Inputs, dtype: Any) -> Values:
+def targets_of(inputs: Inputs, dtype: DType) -> Values:
     """Class-weighted label distribution over the classes that exist."""
     return masked(inputs.where, weighted(inputs.labels.astype(dtype), inputs))
 
@@ -185,7 +185,7 @@ class Uniform(NamedTuple):
     num_classes: Values
 
 
-def uniform_of(spec: Spec, inputs: Inputs, dtype: Any) -> Uniform:
+def uniform_of(spec: Spec, inputs: Inputs, dtype: DType) -> Uniform:
     """What smoothing spreads; of `inputs.logits` only the shape is used."""
     shape = [n if i in spec.axes else 1 for i, n in enumerate(inputs.logits.shape)]
     ones = masked(inputs.where, weighted(jnp.ones(shape, dtype), inputs))
@@ -199,7 +199,7 @@ def count_of(spec: Spec, shape: Shape) -> Size:
     return math.prod(shape[axis] for axis in spec.axes) * spec.shards.count()
 
 
-def num_classes(spec: Spec, inputs: Inputs, dtype: Any) -> Values:
+def num_classes(spec: Spec, inputs: Inputs, dtype: DType) -> Values:
     """How many classes exist, at least one."""
     shape = inputs.logits.shape
     if inputs.where is None:

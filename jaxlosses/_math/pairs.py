@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from jaxlosses._types import DType
+
 Values = Float[Array, "..."]
 
 # log(2) to 107 bits.
@@ -88,7 +90,7 @@ def exp(x: Pair, factor: fractions.Fraction) -> Pair:
     return add_to_larger(high, low + power * (r2 + r * r * series))
 
 
-def power_of_two(n: Values | Integer[Array, "..."], dtype: Any) -> Values:
+def power_of_two(n: Values | Integer[Array, "..."], dtype: DType) -> Values:
     """`2^n` for a whole `n` at which it is a normal number."""
     info = jnp.finfo(dtype)
     bits = (n.astype(_integer(dtype)) + (info.maxexp - 1)) << info.nmant
@@ -103,7 +105,7 @@ def series_of_exp(r: Values, first: int, last: int) -> Values:
     return series
 
 
-def constant(value: fractions.Fraction, dtype: Any, num_bits: int) -> Pair:
+def constant(value: fractions.Fraction, dtype: DType, num_bits: int) -> Pair:
     """A number known exactly, as a pair whose `high` has so many bits."""
     mantissa, exponent = math.frexp(float(value))
     high = math.ldexp(round(math.ldexp(mantissa, num_bits)), exponent - num_bits)
@@ -119,5 +121,5 @@ def _halves(a: Values) -> Pair:
     return Pair(high, a - high)
 
 
-def _integer(dtype: Any) -> Any:
+def _integer(dtype: DType) -> Any:
     return jnp.int32 if dtype == jnp.float32 else jnp.int64
