@@ -1,4 +1,4 @@
-"""Every message about shapes, dtypes and options, on chex.
+"""Every message about shapes (on chex), dtypes and options.
 
 House format: *argument: what came, what was expected. The fix.*
 """
@@ -581,11 +581,8 @@ def _demand(
     expected: str,
     fix: str,
 ) -> None:
-    try:
-        chex.assert_equal(bool(holds), True)
-    except AssertionError:
-        message = f"{argument}: got {got}, expected {expected}. {fix}"
-        raise error(message) from None
+    if not holds:
+        raise error(f"{argument}: got {got}, expected {expected}. {fix}")
 
 
 def _demand_shape(argument: str, x: Array, shape: Any, expected: str, fix: str) -> None:
