@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxlosses import _checks, _combine, _options, _rules, _sharding
@@ -361,7 +361,7 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
     return _options.all_of(masks, batch)
 
 
-def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh) -> Arrays:
+def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Arrays:
     """On a mesh of explicit axes: what belongs to the logits, split as they are."""
     logits = _sharding.split_of(arrays.logits)
     batch = tuple(a for i, a in enumerate(logits) if i not in spec.axes)

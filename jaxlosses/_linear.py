@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool
 
@@ -229,7 +229,7 @@ def _loss(static: _Fused, arrays: _Arrays) -> Result:
     return _run(static, arrays) if mesh is None else _by_hand(static, arrays, mesh)
 
 
-def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh) -> Result:
+def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh | AbstractMesh) -> Result:
     """On a mesh of explicit axes: split as the types say, inside a `shard_map`.
 
     Examples stay as they are split. The classes stay where no axis of the examples
