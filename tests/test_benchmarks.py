@@ -11,6 +11,9 @@ import pytest
 
 from benchmarks import compiled
 
+# The suite runs once, for all tests.
+pytestmark = pytest.mark.together
+
 ROOT = pathlib.Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 

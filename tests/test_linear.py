@@ -1158,6 +1158,7 @@ def temporaries() -> dict[tuple[int, int, int, str, int], int]:
     return dict(zip(MEMORY, sizes, strict=True))
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> None:
     examples, features, classes, strategy, workspace = case
@@ -1168,6 +1169,7 @@ def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> 
     assert temporaries()[case] <= workspace + accumulators + 2**20
 
 
+@pytest.mark.together
 def test_memory_does_not_grow_with_the_logits() -> None:
     size = temporaries()
     few, many = ((2048, 64, v, "vocab", 2**22) for v in (8192, 32768))
