@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo language-model test bench lint notebooks clean
+.PHONY: help demo language-model test test-long bench lint notebooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ language-model: $(VENV)/.demo  ## Train a small language model; ARGS=--quick for
 
 test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(VENV)/.test  ## Run what sweeps longer: all options, dtypes and sizes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m long
 
 # PyTorch and TensorFlow take part where they are installed into $(VENV).
 bench: $(VENV)/.bench  ## Measure time, memory and accuracy beside other libraries

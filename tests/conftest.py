@@ -1,4 +1,7 @@
-"""Strict promotion, and eight CPU devices to split arrays over."""
+"""Strict promotion, eight CPU devices to split arrays over, and the suite's time."""
+
+import os
+import tempfile
 
 import jax
 import numpy as np
@@ -15,9 +18,40 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+# Two thirds of the time is XLA's. What one process has compiled the others take from a
+# folder, which is new for each run: nothing depends on what ran before.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return  # a worker has the environment of the process that started it
+    folder = tempfile.TemporaryDirectory(prefix="jaxlosses-")
+    config.add_cleanup(folder.cleanup)
+    # Programs of any size and time.
+    settings = {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 # What is marked `without_llvm_passes` runs programs as XLA has fused them, without what
 # LLVM does to each of their loops: enough for a rule, a transformation or a split, in
 # two thirds of the time. Tests of digits and of policies run what users run.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        # The first tests of all go to one worker, which makes what they share once.
+        if item.get_closest_marker("together"):
+            return 0
+        # Between the two kinds caches are cleared: one kind after the other.
+        return 1 if _is_without_llvm_passes(item) else 2
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

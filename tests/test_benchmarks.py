@@ -12,6 +12,9 @@ import pytest
 
 from benchmarks import compiled, report
 
+# The suite runs once, for all tests.
+pytestmark = pytest.mark.together
+
 ROOT = pathlib.Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
@@ -93,6 +96,7 @@ def test_report_needs_only_the_json(
     assert "x + 1 (floor)" in copy.with_suffix(".md").read_text("utf-8")
 
 
+@pytest.mark.long
 def test_the_gpu_preset_runs_in_small_on_a_cpu(tmp_path: pathlib.Path) -> None:
     preset = ("--preset", "gpu", "--device", "cpu", "--shrink", "256")
     effort = ("--peers", "optax", "--budget", "0.01", "--out", str(tmp_path))

@@ -25,11 +25,13 @@ NAN, INF = math.nan, math.inf
 
 integer = jl.softmax_cross_entropy_with_integer_labels
 dense = jl.softmax_cross_entropy
+linear = jl.linear_softmax_cross_entropy
 DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     integer: {"logits": LOGITS, "labels": IDS},
     dense: {"logits": LOGITS, "labels": DISTRIBUTIONS},
     jl.softmax: {"logits": LOGITS},
     jl.log_softmax: {"logits": LOGITS},
+    linear: {"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V)), "labels": IDS},
 }
 
 
@@ -66,6 +68,26 @@ MESH_AXIS = (
     'classes inside shard_map: axis_name="model".'
 )
 FLAG = "True or False. It is static: pass a Python bool."
+
+DV = 'kernel_layout="dv" is (features, classes).'
+VD = 'kernel_layout="vd" is (classes, features).'
+TO_VD = ' For the transposed matrix pass kernel_layout="vd".'
+TO_DV = ' For the transposed matrix pass kernel_layout="dv".'
+HAS_DV = "expected (features, classes) with 3 features, as hidden has."
+HAS_VD = "expected (classes, features) with 3 features, as hidden has."
+LAYOUTS = (
+    'expected one of "dv", "vd". "dv" is the kernel of a Dense layer, (features, '
+    'classes); "vd" an embedding table, (classes, features).'
+)
+OF_LOGITS = "for logits of shape (4, 6)."
+ONLY_IDS = (
+    '"dense" or "auto". Distributions are as large as the logits; the other '
+    "strategies take class ids."
+)
+ONE_PASS = (
+    'expected reduction="sum" or "mean". It forms the gradient of a sum in one pass. '
+    'Pass strategy="recompute" for one loss per example.'
+)
 
 MISTAKES = {
     # logits
@@ -537,6 +559,240 @@ MISTAKES = {
         TypeError,
         f"return_stats: got 'yes' of type str, expected {FLAG}",
     ),
+    # the head
+    "head: hidden of integers": Mistake(
+        linear,
+        {"hidden": zeros((4, 3), jnp.int32)},
+        TypeError,
+        f"hidden: got dtype int32, expected {FLOATS}. Convert it: "
+        "hidden.astype(jnp.float32).",
+    ),
+    "head: a scalar hidden": Mistake(
+        linear,
+        {"hidden": zeros(())},
+        ValueError,
+        "hidden: got shape (), expected an array with a feature axis. It has the "
+        "shape (batch, features).",
+    ),
+    "head: hidden as a string": Mistake(
+        linear,
+        {"hidden": "x"},
+        TypeError,
+        "hidden: got 'x' of type str, expected an array, or numbers that jnp.asarray "
+        "converts to one. Pass a JAX or NumPy array.",
+    ),
+    "head: kernel of booleans": Mistake(
+        linear,
+        {"kernel": zeros((3, 6), jnp.bool_)},
+        TypeError,
+        f"kernel: got dtype bool, expected {FLOATS}. Convert it: "
+        "kernel.astype(jnp.float32).",
+    ),
+    "head: kernel of one axis": Mistake(
+        linear,
+        {"kernel": zeros((3,))},
+        ValueError,
+        "kernel: got shape (3,), expected an array with two axes. It has the shape "
+        "(features, classes).",
+    ),
+    "head: kernel of three axes": Mistake(
+        linear,
+        {"kernel": zeros((1, 3, 6))},
+        ValueError,
+        f"kernel: got shape (1, 3, 6), {HAS_DV} {DV}",
+    ),
+    "head: kernel of other features": Mistake(
+        linear,
+        {"kernel": zeros((5, 6))},
+        ValueError,
+        f"kernel: got shape (5, 6), {HAS_DV} {DV}",
+    ),
+    "head: an embedding table as the kernel of a layer": Mistake(
+        linear,
+        {"kernel": zeros((6, 3))},
+        ValueError,
+        f"kernel: got shape (6, 3), {HAS_DV} {DV}{TO_VD}",
+    ),
+    "head: the kernel of a layer as an embedding table": Mistake(
+        linear,
+        {"kernel": zeros((3, 6)), "kernel_layout": "vd"},
+        ValueError,
+        f"kernel: got shape (3, 6), {HAS_VD} {VD}{TO_DV}",
+    ),
+    "head: unknown kernel_layout": Mistake(
+        linear,
+        {"kernel_layout": "DV"},
+        ValueError,
+        f"kernel_layout: got 'DV', {LAYOUTS}",
+    ),
+    "head: kernel_layout None": Mistake(
+        linear,
+        {"kernel_layout": None},
+        ValueError,
+        f"kernel_layout: got None, {LAYOUTS}",
+    ),
+    "head: bias of one number": Mistake(
+        linear,
+        {"bias": zeros(())},
+        ValueError,
+        "bias: got shape (), expected (6,), one per class. Give one value per class.",
+    ),
+    "head: bias with a batch axis": Mistake(
+        linear,
+        {"bias": zeros((1, 6))},
+        ValueError,
+        "bias: got shape (1, 6), expected (6,), one per class. Give one value per "
+        "class.",
+    ),
+    "head: bias of integers": Mistake(
+        linear,
+        {"bias": zeros((6,), jnp.int32)},
+        TypeError,
+        "bias: got dtype int32, expected a floating dtype. Convert it: "
+        "bias.astype(jnp.float32).",
+    ),
+    "head: where of floats": Mistake(
+        linear,
+        {"where": zeros((6,))},
+        TypeError,
+        "where: got dtype float32, expected bool. Compare it: mask != 0.",
+    ),
+    "head: where with a batch axis": Mistake(
+        linear,
+        {"where": zeros((1, 6), jnp.bool_)},
+        ValueError,
+        "where: got shape (1, 6), expected (6,), one per class, or (4,), one per "
+        "example. Give one flag per class, the same for all examples, or one per "
+        "example.",
+    ),
+    "head: one-hot labels of integers": Mistake(
+        linear,
+        {"labels": zeros((4, 6), jnp.int32)},
+        ValueError,
+        f"labels: got shape (4, 6), expected (4,) {OF_LOGITS} For one-hot labels pass "
+        "the class ids: labels.argmax(-1).",
+    ),
+    "head: class ids as floats": Mistake(
+        linear,
+        {"labels": zeros((4,))},
+        ValueError,
+        f"labels: got shape (4,), expected (4, 6), or 1 on a batch axis, {OF_LOGITS} "
+        "Convert class ids held as floats: labels.astype(jnp.int32).",
+    ),
+    "head: complex labels": Mistake(
+        linear,
+        {"labels": zeros((4,), jnp.complex64)},
+        TypeError,
+        "labels: got dtype complex64, expected an integer dtype (class ids). Convert "
+        "class ids: labels.astype(jnp.int32).",
+    ),
+    "head: labels with an axis of one": Mistake(
+        linear,
+        {"labels": zeros((4, 1), jnp.int32)},
+        ValueError,
+        f"labels: got shape (4, 1), expected (4,) {OF_LOGITS} Drop the last axis: "
+        "labels[:, 0].",
+    ),
+    "head: too few labels": Mistake(
+        linear,
+        {"labels": zeros((3,), jnp.int32)},
+        ValueError,
+        f"labels: got shape (3,), expected (4,) {OF_LOGITS} Give one class id per "
+        "example.",
+    ),
+    "head: boolean labels": Mistake(
+        linear,
+        {"labels": zeros((4,), jnp.bool_)},
+        TypeError,
+        "labels: got dtype bool, expected an integer dtype (class ids). For 0/1 "
+        "labels convert with labels.astype(jnp.int32).",
+    ),
+    "head: distributions over other classes": Mistake(
+        linear,
+        {"labels": zeros((4, 5))},
+        ValueError,
+        f"labels: got shape (4, 5), expected (4, 6), or 1 on a batch axis, {OF_LOGITS} "
+        "Give one weight per class and example.",
+    ),
+    "head: unknown strategy": Mistake(
+        linear,
+        {"strategy": "Tokens"},
+        ValueError,
+        "strategy: got 'Tokens', expected one of 'auto', 'tokens', 'recompute', "
+        "'vocab', 'dense'. \"auto\" chooses; the docstring says how.",
+    ),
+    "head: strategy None": Mistake(
+        linear,
+        {"strategy": None},
+        ValueError,
+        "strategy: got None, expected one of 'auto', 'tokens', 'recompute', "
+        "'vocab', 'dense'. \"auto\" chooses; the docstring says how.",
+    ),
+    "head: tokens with one loss per example": Mistake(
+        linear,
+        {"strategy": "tokens", "reduction": "none"},
+        ValueError,
+        f'strategy: got "tokens" with reduction="none", {ONE_PASS}',
+    ),
+    "head: tokens in forward mode": Mistake(
+        linear,
+        {"strategy": "tokens", "reduction": "sum", "forward_mode": True},
+        ValueError,
+        'strategy: got "tokens" with forward_mode=True, expected "recompute", '
+        '"vocab", "dense" or "auto". Its pass forms a reverse-mode gradient.',
+    ),
+    "head: workspace_bytes as a float": Mistake(
+        linear,
+        {"workspace_bytes": 1e9},
+        TypeError,
+        "workspace_bytes: got 1000000000.0, expected an int or None. Pass a number of "
+        "bytes, such as 2**28.",
+    ),
+    "head: workspace_bytes as a bool": Mistake(
+        linear,
+        {"workspace_bytes": True},
+        TypeError,
+        "workspace_bytes: got True, expected an int or None. Pass a number of bytes, "
+        "such as 2**28.",
+    ),
+    "head: workspace_bytes of zero": Mistake(
+        linear,
+        {"workspace_bytes": 0},
+        ValueError,
+        "workspace_bytes: got 0, expected a number above 0, or None. None takes the "
+        "default of the platform.",
+    ),
+    "head: ignore_index for distributions": Mistake(
+        linear,
+        {"labels": DISTRIBUTIONS, "ignore_index": -100},
+        ValueError,
+        "ignore_index: got -100 with labels that are distributions, expected None. "
+        "Leave examples out with weights of 0.",
+    ),
+    "head: weights of the classes": Mistake(
+        linear,
+        {"weights": zeros((6,))},
+        ValueError,
+        "weights: got shape (6,), expected (4,), one per example. Give one weight per "
+        "example, or a constant through jnp.full.",
+    ),
+    "head: too few class_weights": Mistake(
+        linear,
+        {"class_weights": zeros((4,))},
+        ValueError,
+        "class_weights: got shape (4,), expected (6,), one per class. Give one weight "
+        "per class, in the order of the class ids.",
+    ),
+}
+MISTAKES |= {
+    f"head: distributions in chunks of {name}": Mistake(
+        linear,
+        {"labels": DISTRIBUTIONS, "strategy": name, "reduction": "sum"},
+        ValueError,
+        f'strategy: got "{name}" with labels that are distributions, expected '
+        + ONLY_IDS,
+    )
+    for name in ("tokens", "recompute", "vocab")
 }
 
 
@@ -567,7 +823,7 @@ def test_message_says_what_came_what_was_expected_and_the_fix(name: str) -> None
 def test_every_argument_has_a_message() -> None:
     tested = {argument for m in MISTAKES.values() for argument in m.arguments}
     tested |= {"reduction"}  # below
-    for function in (integer, dense):
+    for function in (integer, dense, linear):
         assert set(inspect.signature(function).parameters) - tested == set()
 
 

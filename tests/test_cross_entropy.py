@@ -1,10 +1,11 @@
-"""Both cross-entropies on given logits, against the exact value.
+"""The losses on given logits, against the exact value.
 
 Every check compares the loss and each gradient with the oracle, with a cotangent that
 is not constant.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import (
+    DIFFERENTIATED,
+    LOSSES,
+    MARGINS,
+    TAKE_IDS,
+    assert_all_zero,
+    confident,
+    exact_derivatives,
+    on_one_device,
+    sweep,
+    turns,
+)
 from tolerances import TABLE, accumulated, assert_gradient, assert_loss
 
 import jaxlosses as jl
@@ -21,21 +34,17 @@ from jaxlosses._backends import cpu
 
 dense = jl.softmax_cross_entropy
 integer = jl.softmax_cross_entropy_with_integer_labels
-LOSSES: dict[str, Callable[..., Any]] = {"dense": dense, "integer": integer}
-both_kinds = pytest.mark.parametrize("kind", LOSSES)
+KINDS = ["dense", "integer"]
+both_kinds = pytest.mark.parametrize("kind", KINDS)
 both_registrations = pytest.mark.parametrize(
     "forward_mode", [False, True], ids=["vjp", "jvp"]
 )
+# The registrations take turns between the kinds.
+kinds_and_registrations = pytest.mark.parametrize(
+    ("kind", "forward_mode"), turns(KINDS, [True, False])
+)
 
 NAN, INF = math.nan, math.inf
-# Options that are arrays are differentiated; the others are static.
-DIFFERENTIATED = (
-    "class_weights",
-    "weights",
-    "label_smoothing",
-    "z_loss",
-    "logit_scale",
-)
 
 
 @functools.cache
@@ -60,11 +69,7 @@ def compiled(
         return value, pull(cotangent)[0]
 
     if local:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",))
-        everywhere = jax.sharding.PartitionSpec()
-        value_and_gradients = jax.shard_map(
-            value_and_gradients, mesh=mesh, in_specs=everywhere, out_specs=everywhere
-        )
+        value_and_gradients = on_one_device(value_and_gradients)
     return jax.jit(value_and_gradients)
 
 
@@ -72,130 +77,67 @@ def check(
     logits: Any,
     labels: Any,
     *,
+    name: str | None = None,
     dtype: str = "float32",
     forward_mode: bool = False,
     local: bool = False,
+    compared: tuple[str, ...] = ("logits", "labels", *DIFFERENTIATED),
     **options: Any,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Loss and all gradients, after a comparison with the exact ones.
 
     Floating arguments are rounded to `dtype` (logits), or to what it is accumulated
-    in; exact is the loss of the rounded arguments. Integers are class ids.
+    in; exact is the loss of the rounded arguments. Integers are class ids. The loss is
+    that of `name`, by default the one on logits that takes such labels.
     """
     labels = np.asarray(labels)
-    kind = "integer" if np.issubdtype(labels.dtype, np.integer) else "dense"
+    ids_given = np.issubdtype(labels.dtype, np.integer)
+    name = name or ("integer" if ids_given else "dense")
     wide = accumulated(dtype)
     logits = np.asarray(logits, np.float64).astype(jnp.dtype(dtype))
-    labels = labels if kind == "integer" else labels.astype(wide)
+    labels = labels if ids_given else labels.astype(wide)
     arrays = {"logits": logits}
-    fixed = {"labels": labels} if kind == "integer" else {}
-    if kind == "dense":
+    fixed = {"labels": labels} if ids_given else {}
+    if not ids_given:
         arrays["labels"] = labels
-    for name in DIFFERENTIATED:
-        if name in options:
-            options[name] = np.asarray(options[name], wide)
-            arrays[name] = options[name]
+    for key in DIFFERENTIATED:
+        if key in options:
+            options[key] = np.asarray(options[key], wide)
+            arrays[key] = options[key]
     if options.get("where") is not None:
         fixed["where"] = np.asarray(options["where"])
-    names = ("axis", "ignore_index", "logit_softcap", "reduction")
-    static = {name: options[name] for name in names if name in options}
+    keys = ("axis", "ignore_index", "logit_softcap", "reduction")
+    static = {key: options[key] for key in keys if key in options}
     if forward_mode:
         static["forward_mode"] = True
 
     exact = oracle.loss(logits, labels, **options)
     cotangent = np.resize([1.0, -0.5, 2.0, -1.0, 0.25], exact.shape).astype(wide)
-    run = compiled(kind, tuple(static.items()), local)
+    run = compiled(name, tuple(static.items()), local)
     with jax.enable_x64(dtype == "float64"):
         loss, gradients = run(arrays, fixed, cotangent)
     assert_loss(loss, exact, dtype)
     exact_gradients = exact_derivatives(logits, labels, cotangent, options)
+    if name.startswith("fused") and "weights" in options:
+        # An example of weight 0 is left out, where the oracle has its loss.
+        out = options["weights"] == 0
+        exact_gradients["weights"] = tuple(
+            np.where(out, 0, x) for x in exact_gradients["weights"]
+        )
     assert gradients.keys() == arrays.keys()
-    for name, gradient in gradients.items():
-        assert gradient.dtype == arrays[name].dtype, name
-        value, terms = exact_gradients[name]
-        # Which of the parameters a bad example spoils is not promised.
-        if np.isnan(exact).any() and name not in ("logits", "labels", "weights"):
+    for key, gradient in gradients.items():
+        assert gradient.dtype == arrays[key].dtype, key
+        if key not in compared:
             continue
-        assert_gradient(gradient, value, dtype, terms, f"gradient by {name}")
+        value, terms = exact_gradients[key]
+        # Which of the parameters a bad example spoils is not promised.
+        if np.isnan(exact).any() and key not in ("logits", "labels", "weights"):
+            continue
+        assert_gradient(gradient, value, dtype, terms, f"gradient by {key}")
     return np.asarray(loss), {k: np.asarray(v) for k, v in gradients.items()}
 
 
-@np.errstate(all="ignore")
-def exact_derivatives(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    cotangent: np.ndarray,
-    options: dict[str, Any],
-) -> dict[str, tuple[Any, Any]]:
-    """Gradients, and the sums of the absolute terms of each."""
-    exact = oracle.gradients(logits, labels, cotangent=cotangent, **options)
-    out = {"logits": (exact["logits"], exact["logits_terms"])}
-    size = abs(cotangent.astype(np.float64))
-    one_sign = [n for n in ("labels", "class_weights", "weights") if n in exact]
-    # All terms of these are of one sign, but for the cotangent and the denominator.
-    if one_sign:
-        unsigned = oracle.gradients(logits, labels, cotangent=size, **options)
-    share = 1.0
-    if one_sign and options.get("reduction") == "mean":
-        summed = options | {"reduction": "sum"}
-        total = oracle.loss(logits, labels, **summed)
-        share = oracle.loss(logits, labels, **options) / total if total else 0.0
-        unsigned_sum = oracle.gradients(logits, labels, cotangent=size, **summed)
-    for name in one_sign:
-        terms = unsigned[name]
-        if share != 1.0 and name != "labels":
-            terms = 2 * share * unsigned_sum[name] - terms
-        out[name] = (exact[name], terms)
-    # The loss is linear in both of these.
-    for name in ("label_smoothing", "z_loss"):
-        if name in options:
-            one = oracle.loss(logits, labels, **(options | {name: 1.0}))
-            none = oracle.loss(logits, labels, **(options | {name: 0.0}))
-            out[name] = (
-                np.sum(cotangent * (one - none)),
-                np.sum(size * (one + none)),
-            )
-    if "logit_scale" in options:
-        out["logit_scale"] = (
-            exact["logit_scale"],
-            scale_terms(logits, labels, size, options),
-        )
-    return out
-
-
-def scale_terms(
-    logits: np.ndarray, labels: np.ndarray, size: np.ndarray, options: dict[str, Any]
-) -> Any:
-    """Sum of the absolute terms of the derivative by the scale."""
-    capped, cap = logits.astype(np.float64), options.get("logit_softcap")
-    if cap is not None:
-        capped = np.where(np.isinf(capped), capped, cap * np.tanh(capped / cap))
-    uncapped = options | {"logit_softcap": None}
-    terms = oracle.gradients(capped, labels, cotangent=size, **uncapped)["logits_terms"]
-    terms = terms / abs(float(options["logit_scale"]))
-    return np.sum(np.where(terms == 0, 0, terms * abs(capped)))
-
-
 # Accuracy
-
-MARGINS = (0.0, 1.0, 5.0, 20.0, 30.0, 50.0, 80.0)
-SCALES = (1e-3, 1.0, 30.0, 1e4)
-
-
-@functools.cache
-def confident(
-    classes: int, dtype: str = "float32", repeat: int = 2
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows at every scale and margin; the rounding to `dtype` may move the margin."""
-    rng = np.random.default_rng(classes)
-    margins = MARGINS if classes < 10**4 else MARGINS[::3]
-    rows = [
-        oracle.confident_logits(rng, repeat, classes, margin, scale, jnp.dtype(dtype))
-        for scale in SCALES
-        for margin in margins
-    ]
-    logits, ids = zip(*rows, strict=True)
-    return np.concatenate(logits), np.concatenate(ids)
 
 
 def distributions(ids: np.ndarray, classes: int) -> np.ndarray:
@@ -239,7 +181,9 @@ def make_options(name: str, kind: str, ids: np.ndarray, classes: int) -> dict[st
     if name != "all":
         return each[name]
     out = {k: v for option in each.values() for k, v in option.items()}
-    return out | ({"ignore_index": int(ids[1])} if kind == "integer" else {})
+    if kind.startswith("fused"):
+        del out["where"]  # is one for all examples there, see `test_linear.py`
+    return out | ({} if kind == "dense" else {"ignore_index": int(ids[1])})
 
 
 OPTIONS = [
@@ -259,23 +203,64 @@ DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
 
 def check_confident(
-    kind: str, classes: int, option: str, dtype: str, repeat: int = 2
+    name: str, classes: int, option: str, dtype: str, repeat: int = 2
 ) -> None:
     logits, ids = confident(classes, dtype, repeat)
-    labels = ids if kind == "integer" else distributions(ids, classes)
-    check(logits, labels, dtype=dtype, **make_options(option, kind, ids, classes))
+    labels = distributions(ids, classes) if name == "dense" else ids
+    options = make_options(option, name, ids, classes)
+    if name != "fused, tokens":
+        check(logits, labels, name=name, dtype=dtype, **options)
+        return
+    # It has sums alone: row by row, or the largest would hide the others.
+    for i in range(len(ids)):
+        row = slice(i, i + 1)
+        of_row = {k: options[k][row] for k in ("weights",) if k in options}
+        given = options | of_row | {"reduction": "sum", "compared": ("logits",)}
+        check(logits[row], labels[row], name=name, dtype=dtype, **given)
 
 
-@both_kinds
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_digit_is_right_up_to_80_nats(dtype: str, option: str, kind: str) -> None:
-    for classes in (2, 10, 1000) if dtype == "float32" else (10,):
-        check_confident(kind, classes, option, dtype)
+# What is short has every option in float32, and every dtype and number of classes with
+# none and with all; the kinds take turns where all are costly, and so do the
+# registrations (`test_options_act_together`).
+CONFIDENT = [
+    (dtype, classes, option, kind)
+    for dtype in DTYPES
+    for classes in ((2, 10, 1000) if dtype == "float32" else (10,))
+    for option in OPTIONS
+    for kind in KINDS
+]
+CONFIDENT += [
+    ("float32", 10, option, name)
+    for option in OPTIONS
+    for name in TAKE_IDS
+    if name != "integer" and option != "where"
+]
+TURNS = [("float64", "dense"), ("bfloat16", "integer")]
 
 
-@both_kinds
-@pytest.mark.parametrize("option", ["none", "z_loss", "smoothed class_weights", "all"])
+@pytest.mark.parametrize(
+    ("dtype", "classes", "option", "kind"),
+    sweep(
+        CONFIDENT,
+        lambda dtype, classes, option, kind: (
+            ((dtype, classes) == ("float32", 10) and kind in KINDS)
+            or option == "none"
+            or (option == "all" and (dtype, kind) in TURNS)
+            or (option, classes, kind) == ("all", 1000, "integer")
+            or (option == "smoothed class_weights" and kind.startswith("fused"))
+        ),
+    ),
+)
+def test_every_digit_is_right_up_to_80_nats(
+    dtype: str, classes: int, option: str, kind: str
+) -> None:
+    check_confident(kind, classes, option, dtype)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    turns(["none", "z_loss", "all", "smoothed class_weights"], KINDS),
+)
 def test_every_digit_is_right_for_confident_mistakes(option: str, kind: str) -> None:
     for classes in (2, 10):
         logits, ids = confident(classes)
@@ -285,10 +270,20 @@ def test_every_digit_is_right_for_confident_mistakes(option: str, kind: str) -> 
         check(logits, labels, **make_options(option, kind, ids, classes))
 
 
-@both_kinds
 @pytest.mark.parametrize(
-    ("dtype", "option"),
-    [("float32", "none"), ("float32", "all"), ("bfloat16", "all")],
+    ("dtype", "option", "kind"),
+    sweep(
+        [
+            (dtype, option, kind)
+            for dtype, option in (
+                ("float32", "none"),
+                ("float32", "all"),
+                ("bfloat16", "all"),
+            )
+            for kind in KINDS
+        ],
+        lambda dtype, option, kind: option == "none",
+    ),
 )
 def test_every_digit_is_right_for_50257_classes(
     dtype: str, option: str, kind: str
@@ -307,11 +302,14 @@ def in_blocks() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "option"),
-    [
-        ("integer", "float32", "all"),
-        ("integer", "bfloat16", "none"),
-        ("dense", "float32", "none"),
-    ],
+    sweep(
+        [
+            ("integer", "float32", "all"),
+            ("integer", "bfloat16", "none"),
+            ("dense", "float32", "none"),
+        ],
+        lambda kind, dtype, option: option == "none",
+    ),
 )
 def test_every_digit_is_right_in_blocks_of_rows(
     kind: str, dtype: str, option: str
@@ -322,14 +320,20 @@ def test_every_digit_is_right_in_blocks_of_rows(
     check(logits, labels, dtype=dtype, local=True, **options)
 
 
-@both_kinds
-@pytest.mark.parametrize("classes", [1, 10])
-def test_every_digit_is_right_in_one_block_in_cache(kind: str, classes: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "classes", "option"),
+    sweep(
+        itertools.product(KINDS, [1, 10], ["none", "all"]),
+        lambda *case: case[2] == "none" or case == ("integer", 10, "all"),
+    ),
+)
+def test_every_digit_is_right_in_one_block_in_cache(
+    kind: str, classes: int, option: str
+) -> None:
     logits, ids = confident(classes)
     labels = ids if kind == "integer" else distributions(ids, classes)
-    for option in ("none", "all"):
-        options = make_options(option, kind, ids, classes) | {"logit_scale": 0.7}
-        check(logits, labels, local=True, **options)
+    options = make_options(option, kind, ids, classes) | {"logit_scale": 0.7}
+    check(logits, labels, local=True, **options)
     check(logits[:0], labels[:0], local=True)
 
 
@@ -366,8 +370,15 @@ def test_a_single_process_loops_over_blocks_of_rows() -> None:
     assert "stablehlo.while" not in text[False]
 
 
-@both_kinds
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    sweep(
+        [(dtype, kind) for dtype in DTYPES for kind in KINDS],
+        lambda *case: (
+            case not in [*TURNS, ("float32", "dense"), ("float16", "integer")]
+        ),
+    ),
+)
 def test_options_act_together_in_every_dtype_and_registration(
     dtype: str, kind: str
 ) -> None:
@@ -377,24 +388,28 @@ def test_options_act_together_in_every_dtype_and_registration(
     check(logits, labels, dtype=dtype, forward_mode=True, **options)
 
 
-@both_kinds
 @pytest.mark.parametrize(
-    ("dtype", "cap", "scale"),
-    [
-        ("float32", 30.0, 1.0),
-        ("float32", 50.0, 1.0),
-        ("float32", 300.0, 1.0),
-        ("float32", 1e4, 1.0),
-        ("float32", 30.0, 2.0),
-        ("float32", 5.0, -20.0),
-        ("float64", 50.0, 1.0),
-        ("float64", 30.0, 2.0),
-        ("bfloat16", 30.0, 1.0),
-    ],
+    ("case", "kind"),
+    turns(
+        [
+            ("float32", 30.0, 1.0),
+            ("float32", 50.0, 1.0),
+            ("float32", 300.0, 1.0),
+            ("float32", 1e4, 1.0),
+            ("float32", 30.0, 2.0),
+            ("float32", 5.0, -20.0),
+            ("float64", 50.0, 1.0),
+            ("float64", 30.0, 2.0),
+            ("bfloat16", 30.0, 1.0),
+        ],
+        KINDS,
+    ),
+    ids=str,
 )
 def test_capped_margins_up_to_80_nats_keep_their_digits(
-    kind: str, dtype: str, cap: float, scale: float
+    case: tuple[str, float, float], kind: str
 ) -> None:
+    dtype, cap, scale = case
     rng = np.random.default_rng(0)
     logits, ids = [], []
     for margin in MARGINS:
@@ -455,8 +470,7 @@ def test_loss_and_gradient_are_right_where_float32_has_no_digits_left() -> None:
     np.testing.assert_allclose(gradient[:, 1], np.exp(-margin), rtol=1e-5)
 
 
-@both_kinds
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kind"), turns(DTYPES, KINDS))
 def test_loss_of_one_class_is_zero_with_gradient_zero(kind: str, dtype: str) -> None:
     logits = np.array([[0.0], [-3.0], [1e4]])
     labels = np.zeros(3, np.int32) if kind == "integer" else np.array([[1], [0], [2.5]])
@@ -468,20 +482,16 @@ def test_loss_of_one_class_is_zero_with_gradient_zero(kind: str, dtype: str) -> 
     check(logits, labels, dtype=dtype, z_loss=0.01, reduction="mean")
 
 
-def assert_all_zero(*arrays: Any) -> None:
-    for array in arrays:
-        assert np.all(np.asarray(array) == 0), array
-
-
 # Options
 
+REDUCTIONS = ("none", "sum", "mean")
 GRID = [
     (kind, weighted, smoothing, ignored, reduction)
-    for kind in LOSSES
+    for kind in KINDS
     for weighted in (False, True)
     for smoothing in (0.0, 0.2)
     for ignored in ((None,) if kind == "dense" else (None, -100, 3))
-    for reduction in ("none", "sum", "mean")
+    for reduction in REDUCTIONS
 ]
 
 
@@ -503,7 +513,9 @@ def small(
 
 
 @pytest.mark.parametrize(
-    ("kind", "weighted", "smoothing", "ignored", "reduction"), GRID
+    ("kind", "weighted", "smoothing", "ignored", "reduction"),
+    # One reduction each, in turns.
+    sweep(GRID, lambda *case: GRID.index(case) // 3 % 3 == GRID.index(case) % 3),
 )
 def test_options_combine_as_in_pytorch(
     kind: str, weighted: bool, smoothing: float, ignored: int | None, reduction: str
@@ -554,8 +566,7 @@ def pytorch_cross_entropy(
     return sum(losses) / (sum(denominators) if reduction == "mean" else 1)
 
 
-@both_kinds
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(("reduction", "kind"), turns(REDUCTIONS, reversed(KINDS)))
 def test_example_weights_enter_every_reduction(kind: str, reduction: str) -> None:
     logits, labels = small(kind)
     options = {
@@ -604,8 +615,7 @@ SHAPE = (2, 3, 4)
 AXES: list[Any] = [-1, 1, -3, (0, 2), (2, 0), (-1, 1), (0, 1, 2), (2, 1, 0), None]
 
 
-@both_kinds
-@pytest.mark.parametrize("axis", AXES, ids=str)
+@pytest.mark.parametrize(("axis", "kind"), turns(AXES, KINDS), ids=str)
 def test_classes_are_the_flattened_axes_in_the_order_given(
     kind: str, axis: Any
 ) -> None:
@@ -628,8 +638,11 @@ def test_classes_are_the_flattened_axes_in_the_order_given(
     check(logits, labels, **options, where=where, reduction="sum")
 
 
-@both_kinds
-@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 4), (2, 1, 4), (1, 3, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    turns([(2, 3, 4), (1, 1, 4), (2, 1, 4), (1, 3, 1), (2, 3)], KINDS),
+    ids=str,
+)
 def test_mask_broadcasts_to_the_logits_or_has_the_shape_of_the_batch(
     kind: str, shape: tuple[int, ...]
 ) -> None:
@@ -766,6 +779,15 @@ EVERYTHING: dict[str, Any] = {
     "logit_softcap": 30.0,
     "logit_scale": 0.7,
 }
+EVERYTHING["class_weights"] = [1.0, 2.0, 3.0, 4.0, 5.0]
+# All at once, `test_policies_hold_beside_each_other` has them in one program.
+by_options = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="none"),
+        pytest.param(EVERYTHING, id="everything", marks=pytest.mark.long),
+    ],
+)
 
 
 @pytest.mark.parametrize(("dtype", "classes", "label"), BAD_LABELS)
@@ -791,21 +813,31 @@ def test_an_unsigned_64_bit_label_does_not_wrap_into_a_class() -> None:
     np.testing.assert_array_equal(np.isnan(loss), [False, True, True, False])
 
 
-@both_registrations
+SMOOTH = {k: v for k, v in EVERYTHING.items() if k != "class_weights"}
+OF_CLASSES = {"class_weights": EVERYTHING["class_weights"]}
+
+
 @pytest.mark.parametrize("label", [-1, 5, 3], ids=["negative", "V", "masked"])
+@pytest.mark.parametrize(
+    ("options", "forward_mode"),
+    sweep(
+        itertools.product(({}, SMOOTH, OF_CLASSES), (False, True)),
+        lambda options, forward_mode: options is not SMOOTH and not forward_mode,
+    ),
+)
 def test_a_label_that_is_no_class_is_nan_whatever_the_options(
-    label: int, forward_mode: bool
+    label: int, forward_mode: bool, options: dict[str, Any]
 ) -> None:
     logits, _ = small("integer", (4, 5))
     labels = np.array([1, label, 0, 4], np.int32)
     where = np.array([[True, True, True, False, True]])
-    for options in ({}, EVERYTHING, {"class_weights": [1.0, 2.0, 3.0, 4.0, 5.0]}):
-        assert_only_row_1_is_nan(
-            logits, labels, where=where, forward_mode=forward_mode, **options
-        )
-    for reduction in ("sum", "mean"):
-        loss, _ = check_logits(logits, labels, where=where, reduction=reduction)
-        assert np.isnan(loss)
+    assert_only_row_1_is_nan(
+        logits, labels, where=where, forward_mode=forward_mode, **options
+    )
+    if not options and not forward_mode:
+        for reduction in ("sum", "mean"):
+            loss, _ = check_logits(logits, labels, where=where, reduction=reduction)
+            assert np.isnan(loss)
 
 
 def assert_only_row_1_is_nan(logits: Any, labels: Any, **options: Any) -> None:
@@ -827,15 +859,21 @@ def test_labels_of_8_bits_name_classes_below_256_of_300() -> None:
     assert np.all(np.isfinite(loss))
 
 
-@both_registrations
-@pytest.mark.parametrize("ignored", [-100, 2, 7])
+@by_options
+@pytest.mark.parametrize(
+    ("ignored", "forward_mode"),
+    sweep(
+        itertools.product([-100, 2, 7], [False, True]),
+        lambda ignored, forward_mode: not forward_mode or ignored == 7,
+    ),
+)
 def test_an_ignored_example_has_loss_and_gradient_exactly_zero(
-    ignored: int, forward_mode: bool
+    ignored: int, forward_mode: bool, options: dict[str, Any]
 ) -> None:
     logits, _ = small("integer", (4, 5))
     logits[1] = [NAN, INF, -INF, 0, 1]
-    options = {} if ignored == 7 else EVERYTHING
-    assert_ignored(logits, ignored, ignored, forward_mode=forward_mode, **options)
+    given = options | OF_CLASSES
+    assert_ignored(logits, ignored, ignored, forward_mode=forward_mode, **given)
 
 
 def assert_ignored(logits: Any, label: int, ignored: int, **options: Any) -> None:
@@ -846,7 +884,6 @@ def assert_ignored(logits: Any, label: int, ignored: int, **options: Any) -> Non
             labels,
             ignore_index=ignored,
             reduction=reduction,
-            class_weights=[1.0, 2.0, 3.0, 4.0, 5.0],
             **options,
         )
         assert np.all(np.isfinite(loss))
@@ -871,46 +908,46 @@ def test_a_label_that_its_dtype_cannot_hold_ignores_nothing() -> None:
 
 
 @both_kinds
+@by_options
 def test_an_example_of_weight_zero_has_loss_and_gradient_exactly_zero(
-    kind: str,
+    kind: str, options: dict[str, Any]
 ) -> None:
     logits, labels = small(kind, (4, 5))
     logits[1] = [NAN, INF, -INF, 0, 1]
     weights = np.array([1.0, 0.0, 0.0, 2.0])
-    for options in ({}, EVERYTHING | {"class_weights": [1.0, 2.0, 3.0, 4.0, 5.0]}):
-        for reduction in ("none", "mean"):
-            arrays = {
-                name: jnp.float32(value)
-                for name, value in options.items()
-                if name != "logit_softcap"
-            }
-            static = {"reduction": reduction}
-            if "logit_softcap" in options:
-                static["logit_softcap"] = options["logit_softcap"]
-            arrays |= {"logits": jnp.float32(logits), "weights": jnp.float32(weights)}
-            fixed = {}
-            if kind == "dense":
-                arrays["labels"] = jnp.float32(labels)
-            else:
-                fixed["labels"] = labels
-            run = compiled(kind, tuple(static.items()))
-            ones = jnp.ones(4 if reduction == "none" else ())
-            loss, gradients = run(arrays, fixed, ones)
-            assert np.all(np.isfinite(loss))
-            if reduction == "none":
-                assert_all_zero(loss[1:3])
-            assert_all_zero(gradients["logits"][1:3])
-            for name, gradient in gradients.items():
-                assert np.all(np.isfinite(gradient)), name
-            finite = logits.copy()
-            finite[1] = 0
-            exact = oracle.gradients(
-                finite, labels, weights=weights, reduction=reduction, **options
-            )
-            # Where it is finite, the derivative by the weight is the loss.
-            np.testing.assert_allclose(
-                gradients["weights"][2:], exact["weights"][2:], rtol=1e-4
-            )
+    for reduction in ("none", "mean"):
+        arrays = {
+            name: jnp.float32(value)
+            for name, value in options.items()
+            if name != "logit_softcap"
+        }
+        static = {"reduction": reduction}
+        if "logit_softcap" in options:
+            static["logit_softcap"] = options["logit_softcap"]
+        arrays |= {"logits": jnp.float32(logits), "weights": jnp.float32(weights)}
+        fixed = {}
+        if kind == "dense":
+            arrays["labels"] = jnp.float32(labels)
+        else:
+            fixed["labels"] = labels
+        run = compiled(kind, tuple(static.items()))
+        ones = jnp.ones(4 if reduction == "none" else ())
+        loss, gradients = run(arrays, fixed, ones)
+        assert np.all(np.isfinite(loss))
+        if reduction == "none":
+            assert_all_zero(loss[1:3])
+        assert_all_zero(gradients["logits"][1:3])
+        for name, gradient in gradients.items():
+            assert np.all(np.isfinite(gradient)), name
+        finite = logits.copy()
+        finite[1] = 0
+        exact = oracle.gradients(
+            finite, labels, weights=weights, reduction=reduction, **options
+        )
+        # Where it is finite, the derivative by the weight is the loss.
+        np.testing.assert_allclose(
+            gradients["weights"][2:], exact["weights"][2:], rtol=1e-4
+        )
 
 
 @both_kinds
@@ -933,8 +970,7 @@ def test_an_invalid_example_of_weight_zero_does_not_count(kind: str) -> None:
     assert np.all(np.isfinite(gradient))
 
 
-@both_registrations
-@both_kinds
+@kinds_and_registrations
 def test_minus_infinity_is_a_class_of_probability_zero(
     kind: str, forward_mode: bool
 ) -> None:
@@ -963,16 +999,15 @@ def test_minus_infinity_is_a_class_of_probability_zero(
     check_logits(logits[[0, 2, 3]], labels[[0, 2, 3]], z_loss=0.01)
 
 
-@both_registrations
-@both_kinds
+@by_options
+@kinds_and_registrations
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_diverged_example_is_nan_and_no_other(
-    kind: str, value: float, forward_mode: bool
+    kind: str, value: float, forward_mode: bool, options: dict[str, Any]
 ) -> None:
     logits, labels = small(kind, (4, 5))
     logits[1, 2] = value
-    for options in ({}, EVERYTHING):
-        assert_only_row_1_is_nan(logits, labels, forward_mode=forward_mode, **options)
+    assert_only_row_1_is_nan(logits, labels, forward_mode=forward_mode, **options)
     # Also where no label looks at it.
     if kind == "dense":
         labels[1] = 0
@@ -996,6 +1031,32 @@ def test_a_class_weight_of_zero_hides_no_bad_example(forward_mode: bool) -> None
     )
 
 
+@kinds_and_registrations
+def test_policies_hold_beside_each_other_with_every_option(
+    kind: str, forward_mode: bool
+) -> None:
+    logits, labels = small(kind, (7, 5))
+    where = np.ones((7, 5), bool)
+    diverged, masked, empty, weightless, ignored, invalid = range(1, 7)
+    logits[diverged, 2] = NAN
+    logits[masked, 3], where[masked, 3] = INF, False
+    logits[empty], where[empty] = NAN, False
+    given = EVERYTHING | {"weights": np.where(np.arange(7) == weightless, 0, 1.5)}
+    bad, zero = [diverged], [empty, weightless]
+    if kind == "integer":
+        labels[[masked, ignored, invalid]] = [1, -100, -1]
+        logits[ignored, 0] = NAN
+        given["ignore_index"] = -100
+        bad, zero = [diverged, invalid], [*zero, ignored]
+    loss, gradient = check_logits(
+        logits, labels, where=where, forward_mode=forward_mode, **given
+    )
+    assert_all_zero(loss[zero], gradient[zero], gradient[masked, 3])
+    is_bad = np.isin(np.arange(7), bad)
+    np.testing.assert_array_equal(np.isnan(loss), is_bad)
+    np.testing.assert_array_equal(np.isnan(gradient), is_bad[:, None].repeat(5, 1))
+
+
 @both_kinds
 def test_an_example_in_which_every_class_is_minus_infinity_is_nan(kind: str) -> None:
     logits, labels = small(kind, (4, 5))
@@ -1003,31 +1064,30 @@ def test_an_example_in_which_every_class_is_minus_infinity_is_nan(kind: str) -> 
     assert_only_row_1_is_nan(logits, labels)
 
 
-@both_registrations
-@both_kinds
+@by_options
+@kinds_and_registrations
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_masked_class_may_hold_anything(
-    kind: str, value: float, forward_mode: bool
+    kind: str, value: float, forward_mode: bool, options: dict[str, Any]
 ) -> None:
     logits, labels = small(kind, (4, 5))
     if kind == "integer":
         labels = np.array([1, 2, 0, 4], np.int32)
     where = np.array([[True, True, True, False, True]])
     logits[:, 3] = value
-    for options in ({}, EVERYTHING | {"class_weights": [1.0, 2.0, 3.0, 4.0, 5.0]}):
-        loss, gradients = check(
-            logits, labels, where=where, forward_mode=forward_mode, **options
-        )
-        assert np.all(np.isfinite(loss))
-        assert_all_zero(gradients["logits"][:, 3])
-        for name, gradient in gradients.items():
-            assert np.all(np.isfinite(gradient)), name
+    loss, gradients = check(
+        logits, labels, where=where, forward_mode=forward_mode, **options
+    )
+    assert np.all(np.isfinite(loss))
+    assert_all_zero(gradients["logits"][:, 3])
+    for name, gradient in gradients.items():
+        assert np.all(np.isfinite(gradient)), name
 
 
-@both_registrations
-@both_kinds
+@by_options
+@kinds_and_registrations
 def test_an_example_without_a_class_has_loss_and_gradient_zero(
-    kind: str, forward_mode: bool
+    kind: str, forward_mode: bool, options: dict[str, Any]
 ) -> None:
     logits, labels = small(kind, (4, 5))
     logits[1] = NAN
@@ -1035,7 +1095,7 @@ def test_an_example_without_a_class_has_loss_and_gradient_zero(
         labels[1] = -1  # whatever the label
     where = np.ones((4, 5), bool)
     where[1] = False
-    for mask, options in ((where, {}), (where, EVERYTHING), (where[:, 0], EVERYTHING)):
+    for mask in (where, where[:, 0]):
         loss, gradient = check_logits(
             logits, labels, where=mask, forward_mode=forward_mode, **options
         )
@@ -1043,8 +1103,7 @@ def test_an_example_without_a_class_has_loss_and_gradient_zero(
         assert np.all(loss[[0, 2, 3]] != 0)
 
 
-@both_registrations
-@both_kinds
+@kinds_and_registrations
 def test_mean_over_nothing_is_zero_with_gradient_zero(
     kind: str, forward_mode: bool
 ) -> None:
@@ -1123,8 +1182,7 @@ def exact_stats(
     return lse, nll, z.argmax(-1)
 
 
-@both_kinds
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kind"), turns(DTYPES, KINDS))
 def test_stats_are_metrics_before_smoothing_and_weights(kind: str, dtype: str) -> None:
     logits, ids = small("integer", (6, 5))
     ids[0], ids[1] = logits[0].argmax(), logits[1].argmin()
@@ -1250,10 +1308,10 @@ def test_every_dtype_of_the_table_has_a_reason() -> None:
     assert all(row.why.endswith(".") for row in TABLE.values())
 
 
-@both_kinds
-@pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("classes", [10, 100, 1003])
+@pytest.mark.parametrize(
+    ("classes", "dtype", "local", "kind"),
+    turns([10, 100, 1003], ["float32", "bfloat16"], [False, True], KINDS),
+)
 def test_a_nan_anywhere_in_a_row_is_shown_in_every_path(
     classes: int, dtype: str, local: bool, kind: str
 ) -> None:

@@ -5,7 +5,6 @@ and `test_explicit_mesh.py`, symbolic sizes in `test_export.py`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,33 +13,20 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from helpers import TAKE_IDS, fused, sweep, turns
 
 import jaxlosses as jl
 
 integer = jl.softmax_cross_entropy_with_integer_labels
 dense = jl.softmax_cross_entropy
-STRATEGIES = ("dense", "tokens", "recompute", "vocab")
 LEAST = np.finfo(np.float32).min
 NAN, INF = np.nan, np.inf
-
-
-def fused(strategy: str) -> Callable[..., Any]:
-    """The fused loss as a function of logits: of an identity for a kernel."""
-
-    def loss(logits: Any, labels: Any, **options: Any) -> Any:
-        kernel = jnp.eye(np.shape(logits)[-1], dtype=jnp.float32)
-        return jl.linear_softmax_cross_entropy(
-            logits, kernel, labels, strategy=strategy, workspace_bytes=64, **options
-        )
-
-    return loss
 
 
 def of_one_hot(logits: Any, labels: Any, **options: Any) -> Any:
     return dense(logits, np.eye(logits.shape[-1], dtype=np.float32)[labels], **options)
 
 
-TAKE_IDS = {"integer": integer} | {f"fused, {s}": fused(s) for s in STRATEGIES}
 LOSSES = {"dense": of_one_hot} | TAKE_IDS
 by_loss = pytest.mark.parametrize("name", LOSSES)
 by_loss_of_ids = pytest.mark.parametrize("name", TAKE_IDS)
@@ -84,8 +70,10 @@ def test_a_wide_label_of_one_example_is_no_class() -> None:
         assert np.isnan(integer(jnp.zeros(3), label))
 
 
-@pytest.mark.parametrize("ignored", [-100, -1, -2, 0, 2, 2**32, 2**40 + 1, -(2**40)])
-@by_loss_of_ids
+@pytest.mark.parametrize(
+    ("ignored", "name"),
+    turns([-100, -1, -2, 0, 2, 2**32, 2**40 + 1, -(2**40)], TAKE_IDS),
+)
 def test_ignore_index_is_compared_with_64_bit_labels_as_they_are(
     name: str, ignored: int
 ) -> None:
@@ -101,13 +89,17 @@ def test_ignore_index_is_compared_with_64_bit_labels_as_they_are(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "ignored"),
-    [("uint8", 255), ("uint16", 2**16 - 1), ("uint32", 2**32 - 1), ("int8", -128)],
+    ("largest", "name"),
+    turns(
+        [("uint8", 255), ("uint16", 2**16 - 1), ("uint32", 2**32 - 1), ("int8", -128)],
+        TAKE_IDS,
+    ),
+    ids=str,
 )
-@by_loss_of_ids
 def test_ignore_index_may_be_any_value_of_the_labels_dtype(
-    name: str, dtype: str, ignored: int
+    name: str, largest: tuple[str, int]
 ) -> None:
+    dtype, ignored = largest
     labels = jnp.asarray(np.array([0, 2, ignored], dtype))
     value, gradient = both(
         name, np.zeros((3, 3), np.float32), labels, ignore_index=ignored
@@ -156,15 +148,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
-    ("name", "forward_mode"),
-    [
-        (n, f)
-        for n in LOSSES
-        for f in (False, True)
-        if (n, f) != ("fused, tokens", True)
-    ],
+    ("name", "forward_mode", "option"),
+    sweep(
+        [
+            (name, forward_mode, option)
+            for name in LOSSES
+            for forward_mode in (False, True)
+            for option in OPTIONS
+            if (name, forward_mode) != ("fused, tokens", True)
+        ],
+        # The registrations take turns between the options.
+        lambda name, forward_mode, option: (
+            forward_mode == (option == "z_loss") or name == "fused, tokens"
+        ),
+    ),
 )
 def test_an_example_of_weight_zero_may_hold_anything(
     name: str, forward_mode: bool, option: str
@@ -202,8 +200,7 @@ def test_an_example_of_weight_zero_may_hold_anything(
         assert np.isfinite(gradients[2][1])
 
 
-@pytest.mark.parametrize("row", ROWS)
-@by_loss
+@pytest.mark.parametrize(("row", "name"), turns(ROWS, LOSSES))
 def test_statistics_of_an_example_of_weight_zero_are_zeros(name: str, row: str) -> None:
     logits = np.float32([[1.0, 2.0, 0.5], ROWS[row], [0.0, 1.0, -1.0]])
     _, stats = LOSSES[name](
@@ -263,8 +260,7 @@ def test_a_traced_z_loss_of_zero_is_none(name: str) -> None:
 # The mean of a z-loss beside class weights
 
 
-@pytest.mark.parametrize("factor", [1.0, 10.0, 0.0])
-@by_loss_of_ids
+@pytest.mark.parametrize(("factor", "name"), turns([1.0, 10.0, 0.0], TAKE_IDS))
 def test_class_weights_do_not_rescale_the_z_loss_of_a_mean(
     name: str, factor: float
 ) -> None:
@@ -312,8 +308,7 @@ def test_an_axis_is_any_integer(axis: Any) -> None:
     np.testing.assert_array_equal(jl.log_softmax(logits, axis), jl.log_softmax(logits))
 
 
-@pytest.mark.parametrize("kind", [bool, np.int32, np.uint8])
-@by_loss
+@pytest.mark.parametrize(("kind", "name"), turns([bool, np.int32, np.uint8], LOSSES))
 def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     weights, labels = np.array([1, 0, 1]).astype(kind), np.array([3, 1, 0])
@@ -325,20 +320,26 @@ def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-@by_loss
-def test_a_mask_of_examples_leaves_them_out(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "weighted"),
+    sweep(
+        [(name, weighted) for name in LOSSES for weighted in (False, True)],
+        lambda name, weighted: not weighted or name in ("dense", "fused, tokens"),
+    ),
+)
+def test_a_mask_of_examples_leaves_them_out(name: str, weighted: bool) -> None:
     logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     labels, kept = np.array([2, 1, 0, 1]), np.array([True, False, True, True])
     broken = np.where(kept[:, None], logits, NAN)
-    for options in ({}, {"weights": np.float32([1, 2, 3, 4])}):
-        value, gradient = both(
-            name, broken, labels, where=kept, reduction="mean", **options
-        )
-        fewer = {key: value[kept] for key, value in options.items()}
-        want, exact = both(name, logits[kept], labels[kept], reduction="mean", **fewer)
-        np.testing.assert_allclose(value, want, rtol=1e-6)
-        np.testing.assert_allclose(gradient[kept], exact, rtol=1e-5)
-        assert not gradient[~kept].any()
+    options = {"weights": np.float32([1, 2, 3, 4])} if weighted else {}
+    value, gradient = both(
+        name, broken, labels, where=kept, reduction="mean", **options
+    )
+    fewer = {key: value[kept] for key, value in options.items()}
+    want, exact = both(name, logits[kept], labels[kept], reduction="mean", **fewer)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(gradient[kept], exact, rtol=1e-5)
+    assert not gradient[~kept].any()
 
 
 def test_a_mask_that_fits_classes_and_examples_means_classes() -> None:
@@ -350,8 +351,9 @@ def test_a_mask_that_fits_classes_and_examples_means_classes() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("argument", ["logit_scale", "label_smoothing", "z_loss"])
-@by_loss
+@pytest.mark.parametrize(
+    ("argument", "name"), turns(["logit_scale", "label_smoothing", "z_loss"], LOSSES)
+)
 def test_a_scalar_may_be_a_parameter_of_a_model(name: str, argument: str) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     labels = np.array([3, 1, 0])

@@ -16,10 +16,17 @@ import numpy as np
 import one_device
 import oracle
 import pytest
-from jax.test_util import check_grads
-from test_cross_entropy import DIFFERENTIATED, confident, exact_derivatives
-from test_transforms import compilations
-from tolerances import accumulated, assert_gradient, assert_loss
+from helpers import (
+    DIFFERENTIATED,
+    STRATEGIES,
+    assert_all_zero,
+    compilations,
+    exact_derivatives,
+    on_one_device,
+    sweep,
+    turns,
+)
+from tolerances import accumulated
 
 import jaxlosses as jl
 from jaxlosses._backends import choose
@@ -35,20 +42,17 @@ B, D, V = 13, 8, 37
 WORKSPACE = 800
 SMALLER = 430
 
-STRATEGIES = ["tokens", "recompute", "vocab", "dense"]
 by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 # Classes are cut in the same way everywhere.
-by_strategy_and_place = pytest.mark.parametrize(
-    ("strategy", "local"),
-    [
-        ("tokens", False),
-        ("tokens", True),
-        ("recompute", False),
-        ("recompute", True),
-        ("vocab", False),
-        ("dense", False),
-    ],
-)
+PLACES = [
+    ("tokens", False),
+    ("tokens", True),
+    ("recompute", False),
+    ("recompute", True),
+    ("vocab", False),
+    ("dense", False),
+]
+by_strategy_and_place = pytest.mark.parametrize(("strategy", "local"), PLACES)
 
 # A logit is a sum of 8 products, each rounded to float32, and has an absolute error
 # of about 1e-6; probabilities have it as a relative one. It is measured by what is
@@ -123,13 +127,6 @@ OPTIONS = [
     "ignore_index",
     "all",
 ]
-
-
-def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Inside a `shard_map` arrays are known to be on one device."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",))
-    everywhere = jax.sharding.PartitionSpec()
-    return jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
 
 
 @functools.cache
@@ -326,7 +323,16 @@ OF_DENSE = ("none", "bias", "weights", "where", "ignore_index", "all")
 
 @pytest.mark.parametrize(
     ("strategy", "option"),
-    [(s, o) for s in STRATEGIES for o in OPTIONS if s != "dense" or o in OF_DENSE],
+    sweep(
+        [(s, o) for s in STRATEGIES for o in OPTIONS if s != "dense" or o in OF_DENSE],
+        # None by every strategy, all by those that have no strided chunks, which are
+        # tested below, and the others by one.
+        lambda strategy, option: (
+            option == "none"
+            or (option == "all" and strategy in ("vocab", "dense"))
+            or OPTIONS.index(option) % 3 == STRATEGIES.index(strategy)
+        ),
+    ),
 )
 def test_value_and_every_gradient_are_exact(strategy: str, option: str) -> None:
     given = head(layout=turn(strategy, option)["layout"])
@@ -345,7 +351,9 @@ def test_strided_chunks_have_the_stats_of_their_examples(strategy: str) -> None:
     check(strategy, given, layout="vd", return_stats=True, **options)
 
 
-@pytest.mark.parametrize("strategy", ["recompute", "vocab"])
+@pytest.mark.parametrize(
+    "strategy", sweep(["recompute", "vocab"], lambda name: name == "vocab")
+)
 def test_the_forward_rule_has_the_same_value_and_gradients(strategy: str) -> None:
     given = head()
     options = options_of("all", given["labels"], V)
@@ -362,8 +370,7 @@ SIZES: dict[str, tuple[Any, int, int]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("name", "strategy"), turns(SIZES, STRATEGIES[:-1]))
 def test_sizes_at_the_edge_are_exact(name: str, strategy: str) -> None:
     i = list(SIZES).index(name) + STRATEGIES.index(strategy)
     given = head(SIZES[name], layout := ("dv", "vd")[i % 2])
@@ -391,8 +398,7 @@ DTYPES = {
 }
 
 
-@by_strategy
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(("name", "strategy"), turns(DTYPES, STRATEGIES))
 def test_every_dtype_is_accumulated_in_a_wide_one(name: str, strategy: str) -> None:
     i = list(DTYPES).index(name) + STRATEGIES.index(strategy)
     layout = ("dv", "vd")[i % 2]
@@ -418,16 +424,12 @@ def test_a_class_of_bias_minus_infinity_has_no_probability(strategy: str) -> Non
     assert_all_zero(gradients["bias"][20:], gradients["kernel"][:, 20:])
 
 
-def assert_all_zero(*arrays: Any) -> None:
-    for array in arrays:
-        assert np.all(np.asarray(array) == 0), array
-
-
 # Defects of peers
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@by_strategy
+@pytest.mark.parametrize(
+    ("strategy", "dtype"), turns(STRATEGIES, ["float32", "bfloat16"])
+)
 def test_ragged_chunks_carry_no_probability_and_lose_no_digits(
     strategy: str, dtype: str
 ) -> None:
@@ -440,7 +442,10 @@ def test_ragged_chunks_carry_no_probability_and_lose_no_digits(
     np.testing.assert_allclose(loss, np.log(classes), rtol=1e-6)
 
 
-@by_strategy_and_place
+@pytest.mark.parametrize(
+    ("strategy", "local"),
+    sweep(PLACES, lambda *case: case not in [("recompute", False), ("dense", False)]),
+)
 def test_no_example_of_the_last_chunk_counts_twice(strategy: str, local: bool) -> None:
     def by_bias(hidden: jax.Array, labels: jax.Array, bias: jax.Array) -> Any:
         def loss(bias: jax.Array) -> jax.Array:
@@ -582,287 +587,7 @@ def test_nan_features_of_a_counted_example_are_nan_in_its_row_alone(
     assert np.array_equal(np.isnan(loss), bad if loss.ndim else True)
 
 
-# Digits of a confident model
-
-
-@by_strategy
-@pytest.mark.parametrize("option", ["none", "all"])
-def test_every_digit_is_right_up_to_80_nats(option: str, strategy: str) -> None:
-    logits, labels = confident(10)
-    # A product with the identity is exact.
-    arrays = {"hidden": logits, "kernel": np.eye(10, dtype=np.float32)}
-    options: dict[str, Any] = {}
-    if option == "all":
-        class_weights = np.linspace(0.5, 2, 10).astype(np.float32)
-        options = {"class_weights": class_weights, "z_loss": np.float32(1e-3)}
-        options["label_smoothing"] = np.float32(0.1)
-        arrays |= options
-    exact = oracle.loss(logits, labels, **options)
-    reduction = "sum" if strategy == "tokens" else "none"
-    static = {"strategy": strategy, "workspace_bytes": 1300, "reduction": reduction}
-    cotangent = np.resize([1.0, -0.5, 2.0], exact.shape).astype(np.float32)
-    run = compiled(tuple(static.items()), False)
-    if strategy == "tokens":
-        # Row by row, or the largest would hide the others.
-        rows = [
-            run(arrays | {"hidden": logits[i, None]}, {"labels": labels[i, None]}, g)
-            for i, g in enumerate(cotangent)
-        ]
-        loss = np.stack([row[0] for row in rows])
-        gradient = np.concatenate([row[1]["hidden"] for row in rows])
-    else:
-        loss, gradients, _ = run(arrays, {"labels": labels}, cotangent)
-        gradient = gradients["hidden"]
-    assert_loss(loss, exact, "float32")
-    value, terms = exact_derivatives(logits, labels, cotangent, options)["logits"]
-    assert_gradient(gradient, value, "float32", terms)
-
-
-# Wrong arguments
-
-FLOATS = "one of float16, bfloat16, float32, float64"
-DV = 'kernel_layout="dv" is (features, classes).'
-VD = 'kernel_layout="vd" is (classes, features).'
-TO_VD = ' For the transposed matrix pass kernel_layout="vd".'
-TO_DV = ' For the transposed matrix pass kernel_layout="dv".'
-HAS_DV = "expected (features, classes) with 3 features, as hidden has."
-HAS_VD = "expected (classes, features) with 3 features, as hidden has."
-LAYOUTS = (
-    'expected one of "dv", "vd". "dv" is the kernel of a Dense layer, (features, '
-    'classes); "vd" an embedding table, (classes, features).'
-)
-OF_LOGITS = "for logits of shape (4, 6)."
-DISTRIBUTIONS = jnp.full((4, 6), 1 / 6)
-ONLY_IDS = (
-    '"dense" or "auto". Distributions are as large as the logits; the other '
-    "strategies take class ids."
-)
-ONE_PASS = (
-    'expected reduction="sum" or "mean". It forms the gradient of a sum in one pass. '
-    'Pass strategy="recompute" for one loss per example.'
-)
-
-
-def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
-MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "hidden of integers": (
-        {"hidden": zeros(4, 3, dtype=jnp.int32)},
-        TypeError,
-        f"hidden: got dtype int32, expected {FLOATS}. Convert it: "
-        "hidden.astype(jnp.float32).",
-    ),
-    "a scalar hidden": (
-        {"hidden": zeros()},
-        ValueError,
-        "hidden: got shape (), expected an array with a feature axis. It has the "
-        "shape (batch, features).",
-    ),
-    "hidden as a string": (
-        {"hidden": "x"},
-        TypeError,
-        "hidden: got 'x' of type str, expected an array, or numbers that jnp.asarray "
-        "converts to one. Pass a JAX or NumPy array.",
-    ),
-    "kernel of booleans": (
-        {"kernel": zeros(3, 6, dtype=jnp.bool_)},
-        TypeError,
-        f"kernel: got dtype bool, expected {FLOATS}. Convert it: "
-        "kernel.astype(jnp.float32).",
-    ),
-    "kernel of one axis": (
-        {"kernel": zeros(3)},
-        ValueError,
-        "kernel: got shape (3,), expected an array with two axes. It has the shape "
-        "(features, classes).",
-    ),
-    "kernel of three axes": (
-        {"kernel": zeros(1, 3, 6)},
-        ValueError,
-        f"kernel: got shape (1, 3, 6), {HAS_DV} {DV}",
-    ),
-    "kernel of other features": (
-        {"kernel": zeros(5, 6)},
-        ValueError,
-        f"kernel: got shape (5, 6), {HAS_DV} {DV}",
-    ),
-    "an embedding table as the kernel of a layer": (
-        {"kernel": zeros(6, 3)},
-        ValueError,
-        f"kernel: got shape (6, 3), {HAS_DV} {DV}{TO_VD}",
-    ),
-    "the kernel of a layer as an embedding table": (
-        {"kernel": zeros(3, 6), "kernel_layout": "vd"},
-        ValueError,
-        f"kernel: got shape (3, 6), {HAS_VD} {VD}{TO_DV}",
-    ),
-    "unknown kernel_layout": (
-        {"kernel_layout": "DV"},
-        ValueError,
-        f"kernel_layout: got 'DV', {LAYOUTS}",
-    ),
-    "kernel_layout None": (
-        {"kernel_layout": None},
-        ValueError,
-        f"kernel_layout: got None, {LAYOUTS}",
-    ),
-    "bias of one number": (
-        {"bias": zeros()},
-        ValueError,
-        "bias: got shape (), expected (6,), one per class. Give one value per class.",
-    ),
-    "bias with a batch axis": (
-        {"bias": zeros(1, 6)},
-        ValueError,
-        "bias: got shape (1, 6), expected (6,), one per class. Give one value per "
-        "class.",
-    ),
-    "bias of integers": (
-        {"bias": zeros(6, dtype=jnp.int32)},
-        TypeError,
-        "bias: got dtype int32, expected a floating dtype. Convert it: "
-        "bias.astype(jnp.float32).",
-    ),
-    "where of floats": (
-        {"where": zeros(6)},
-        TypeError,
-        "where: got dtype float32, expected bool. Compare it: mask != 0.",
-    ),
-    "where with a batch axis": (
-        {"where": zeros(1, 6, dtype=jnp.bool_)},
-        ValueError,
-        "where: got shape (1, 6), expected (6,), one per class, or (4,), one per "
-        "example. Give one flag per class, the same for all examples, or one per "
-        "example.",
-    ),
-    "one-hot labels of integers": (
-        {"labels": zeros(4, 6, dtype=jnp.int32)},
-        ValueError,
-        f"labels: got shape (4, 6), expected (4,) {OF_LOGITS} For one-hot labels pass "
-        "the class ids: labels.argmax(-1).",
-    ),
-    "class ids as floats": (
-        {"labels": zeros(4)},
-        ValueError,
-        f"labels: got shape (4,), expected (4, 6), or 1 on a batch axis, {OF_LOGITS} "
-        "Convert class ids held as floats: labels.astype(jnp.int32).",
-    ),
-    "complex labels": (
-        {"labels": zeros(4, dtype=jnp.complex64)},
-        TypeError,
-        "labels: got dtype complex64, expected an integer dtype (class ids). Convert "
-        "class ids: labels.astype(jnp.int32).",
-    ),
-    "labels with an axis of one": (
-        {"labels": zeros(4, 1, dtype=jnp.int32)},
-        ValueError,
-        f"labels: got shape (4, 1), expected (4,) {OF_LOGITS} Drop the last axis: "
-        "labels[:, 0].",
-    ),
-    "too few labels": (
-        {"labels": zeros(3, dtype=jnp.int32)},
-        ValueError,
-        f"labels: got shape (3,), expected (4,) {OF_LOGITS} Give one class id per "
-        "example.",
-    ),
-    "boolean labels": (
-        {"labels": zeros(4, dtype=jnp.bool_)},
-        TypeError,
-        "labels: got dtype bool, expected an integer dtype (class ids). For 0/1 "
-        "labels convert with labels.astype(jnp.int32).",
-    ),
-    "distributions over other classes": (
-        {"labels": zeros(4, 5)},
-        ValueError,
-        f"labels: got shape (4, 5), expected (4, 6), or 1 on a batch axis, {OF_LOGITS} "
-        "Give one weight per class and example.",
-    ),
-    "unknown strategy": (
-        {"strategy": "Tokens"},
-        ValueError,
-        "strategy: got 'Tokens', expected one of 'auto', 'tokens', 'recompute', "
-        "'vocab', 'dense'. \"auto\" chooses; the docstring says how.",
-    ),
-    "strategy None": (
-        {"strategy": None},
-        ValueError,
-        "strategy: got None, expected one of 'auto', 'tokens', 'recompute', "
-        "'vocab', 'dense'. \"auto\" chooses; the docstring says how.",
-    ),
-    "tokens with one loss per example": (
-        {"strategy": "tokens", "reduction": "none"},
-        ValueError,
-        f'strategy: got "tokens" with reduction="none", {ONE_PASS}',
-    ),
-    "tokens in forward mode": (
-        {"strategy": "tokens", "reduction": "sum", "forward_mode": True},
-        ValueError,
-        'strategy: got "tokens" with forward_mode=True, expected "recompute", '
-        '"vocab", "dense" or "auto". Its pass forms a reverse-mode gradient.',
-    ),
-    "workspace_bytes as a float": (
-        {"workspace_bytes": 1e9},
-        TypeError,
-        "workspace_bytes: got 1000000000.0, expected an int or None. Pass a number of "
-        "bytes, such as 2**28.",
-    ),
-    "workspace_bytes as a bool": (
-        {"workspace_bytes": True},
-        TypeError,
-        "workspace_bytes: got True, expected an int or None. Pass a number of bytes, "
-        "such as 2**28.",
-    ),
-    "workspace_bytes of zero": (
-        {"workspace_bytes": 0},
-        ValueError,
-        "workspace_bytes: got 0, expected a number above 0, or None. None takes the "
-        "default of the platform.",
-    ),
-    "ignore_index for distributions": (
-        {"labels": DISTRIBUTIONS, "ignore_index": -100},
-        ValueError,
-        "ignore_index: got -100 with labels that are distributions, expected None. "
-        "Leave examples out with weights of 0.",
-    ),
-    "weights of the classes": (
-        {"weights": zeros(6)},
-        ValueError,
-        "weights: got shape (6,), expected (4,), one per example. Give one weight per "
-        "example, or a constant through jnp.full.",
-    ),
-    "too few class_weights": (
-        {"class_weights": zeros(4)},
-        ValueError,
-        "class_weights: got shape (4,), expected (6,), one per class. Give one weight "
-        "per class, in the order of the class ids.",
-    ),
-}
-MISTAKES |= {
-    f"distributions in chunks of {name}": (
-        {"labels": DISTRIBUTIONS, "strategy": name, "reduction": "sum"},
-        ValueError,
-        f'strategy: got "{name}" with labels that are distributions, expected '
-        + ONLY_IDS,
-    )
-    for name in ("tokens", "recompute", "vocab")
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_message_says_what_came_what_was_expected_and_the_fix(name: str) -> None:
-    arguments, error, message = MISTAKES[name]
-    given = {"hidden": zeros(4, 3), "kernel": zeros(3, 6)}
-    given |= {"labels": zeros(4, dtype=jnp.int32)} | arguments
-    arrays = {k: v for k, v in given.items() if isinstance(v, jax.Array)}
-    static = {k: v for k, v in given.items() if k not in arrays}
-    with pytest.raises(error) as called:
-        linear(**given)
-    with pytest.raises(error) as traced:
-        jax.eval_shape(lambda arrays: linear(**static, **arrays), arrays)
-    assert type(called.value) is type(traced.value) is error
-    assert str(called.value) == str(traced.value) == message
+# Distributions
 
 
 def test_distributions_are_taken_as_they_are_on_logits() -> None:
@@ -933,29 +658,12 @@ def tangents_of(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
-def test_gradients_match_differences_to_second_order(strategy: str) -> None:
-    given = head((3, 2, 5), dtypes=("float64", "float64"))
-    with jax.enable_x64(True):
-        arrays = {name: jnp.asarray(given[name]) for name in ("hidden", "kernel")}
-        arrays |= {"bias": jnp.linspace(-1, 1, 5), "logit_scale": jnp.asarray(1.3)}
-        static = {"workspace_bytes": 200, "reduction": "mean", "strategy": strategy}
-        static |= {"z_loss": 0.05, "label_smoothing": 0.1}
-        labels = jnp.asarray(given["labels"])
-        loss = jax.jit(lambda tree: linear(**tree, labels=labels, **static))
-        check_grads(loss, (arrays,), 2, modes=("rev",), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("strategy", "local"),
-    [
-        ("tokens", True),
-        ("tokens", False),
-        ("recompute", True),
-        ("vocab", False),
-        ("dense", False),
-    ],
+    sweep(
+        [case for case in PLACES if case != ("recompute", False)],
+        lambda *case: case not in [("tokens", False), ("dense", False)],
+    ),
 )
 def test_hessian_vector_products_match_exact_differences(
     strategy: str, local: bool
@@ -984,60 +692,9 @@ def test_hessian_vector_products_match_exact_differences(
             np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5, err_msg=way)
 
 
-@pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
-def test_forward_mode_serves_jvp_linearize_and_jacfwd(strategy: str) -> None:
-    given = head(SMALL)
-    labels, point = given["labels"], (given["hidden"], given["kernel"])
-    vectors = tangents_of(*point)
-    loss = small_loss(strategy, labels, forward_mode=True, reduction="none")
-    h, k, dh, dk = (a.astype(np.float64) for a in (*point, *vectors))
-    options = SMALL_OPTIONS | {"reduction": "none"}
-    dz = oracle.gradients(h @ k, labels, **options)["logits"]
-    value, exact = (
-        oracle.loss(h @ k, labels, **options),
-        (dz * (dh @ k + h @ dk)).sum(-1),
-    )
-    got, tangent = jax.jit(functools.partial(jax.jvp, loss))(point, vectors)
-    np.testing.assert_allclose(got, value, rtol=1e-5)
-    np.testing.assert_allclose(tangent, exact, rtol=1e-5, atol=1e-5)
-    _, push = jax.linearize(jax.jit(loss), *point)
-    np.testing.assert_allclose(push(*vectors), exact, rtol=1e-5, atol=1e-5)
-    jacobian = jax.jit(jax.jacfwd(loss))(*point)
-    each = dz @ k.T
-    np.testing.assert_allclose(
-        jacobian, each[:, None, :] * np.eye(5)[:, :, None], rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
-def test_forward_mode_serves_second_derivatives(strategy: str) -> None:
-    given = head(SMALL)
-    point = given["hidden"], given["kernel"]
-    vectors = tangents_of(*point)
-    loss = small_loss(strategy, given["labels"], forward_mode=True)
-
-    def along(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.jvp(loss, (hidden, kernel), vectors)[1]
-
-    @jax.jit
-    def products(*point: jax.Array) -> Any:
-        twice = jax.jvp(along, point, vectors)[1]
-        over_reverse = jax.jvp(jax.grad(loss, (0, 1)), point, vectors)[1]
-        return twice, jax.grad(along, (0, 1))(*point), over_reverse
-
-    twice, *others = products(*point)
-    exact = exact_product(given, vectors)
-    pairs = zip(exact, vectors, strict=True)
-    np.testing.assert_allclose(twice, sum(np.sum(a * v) for a, v in pairs), rtol=2e-5)
-    for product in others:
-        for have, want in zip(product, exact, strict=True):
-            np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("transform", ["vmap", "scan", "checkpoint"])
-@pytest.mark.parametrize("strategy", STRATEGIES[:-1])
+@pytest.mark.parametrize(
+    ("strategy", "transform"), turns(STRATEGIES[:-1], ["vmap", "scan", "checkpoint"])
+)
 def test_transformed_losses_are_exact(strategy: str, transform: str) -> None:
     given = head(((2, 5), 3, 7))
     labels = jnp.asarray(given["labels"]).at[1, 3].set(-100)
@@ -1161,6 +818,7 @@ def temporaries() -> dict[tuple[int, int, int, str, int], int]:
     return dict(zip(MEMORY, sizes, strict=True))
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> None:
     examples, features, classes, strategy, workspace = case
@@ -1171,6 +829,7 @@ def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> 
     assert temporaries()[case] <= workspace + accumulators + 2**20
 
 
+@pytest.mark.together
 def test_memory_does_not_grow_with_the_logits() -> None:
     size = temporaries()
     few, many = ((2048, 64, v, "vocab", 2**22) for v in (8192, 32768))
@@ -1210,8 +869,9 @@ def test_matmuls_of_ignored_examples_can_be_skipped(
         assert ("cond" in path[path.index("scan") :]) == (ignore_index is not None)
 
 
-@pytest.mark.parametrize("counted", [0, 1, 4, 5, B])
-@pytest.mark.parametrize("strategy", ["tokens", "recompute"])
+@pytest.mark.parametrize(
+    ("strategy", "counted"), turns(["tokens", "recompute"], [0, 1, 4, 5, B])
+)
 def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
     given = head()
     order = np.random.default_rng(5).permutation(B)
@@ -1347,7 +1007,10 @@ def test_slices_of_bfloat16_arrays_are_integers_on_a_cpu_alone(platform: str) ->
 # Contrastive learning
 
 
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+@pytest.mark.parametrize(
+    "strategy",
+    sweep(["auto", *STRATEGIES], lambda name: name in ("auto", "tokens", "vocab")),
+)
 def test_a_symmetric_contrastive_loss_is_two_calls(strategy: str) -> None:
     rng = np.random.default_rng(0)
     sides = rng.standard_normal((2, 9, 4))

@@ -16,6 +16,9 @@ import pytest
 
 import jaxlosses as jl
 
+# Each gradient is written once, for all tests.
+pytestmark = pytest.mark.together
+
 B, V = 8, 128
 PLATFORMS = ["cpu", "cuda", "tpu"]
 

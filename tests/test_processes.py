@@ -14,6 +14,9 @@ import numpy as np
 import one_device
 import pytest
 
+# The story is told once, for all tests.
+pytestmark = pytest.mark.together
+
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 SCRIPT = NOTEBOOKS / "sharded_language_model.py"
 STEPS = 24

@@ -1,8 +1,7 @@
 """The losses under jit, vmap, scan, checkpoint and every kind of differentiation."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import one_device
 import oracle
 import pytest
+from helpers import STRATEGIES, compilations, sweep, turns
 from jax.test_util import check_grads
 
 import jaxlosses as jl
@@ -25,9 +25,6 @@ REORDERED = {"rtol": 2e-6, "atol": 1e-7}
 DIFFERENCES = {"rtol": 1e-6, "atol": 1e-6}
 
 KINDS = ["integer", "dense"]
-REGISTRATIONS = pytest.mark.parametrize(
-    "forward_mode", [False, True], ids=["vjp", "jvp"]
-)
 
 # Arrays are differentiated, the rest is fixed.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -52,7 +49,24 @@ CASES = [
     for option in OPTIONS
     if (kind, option) != ("dense", "ignore_index")
 ]
-by_case = pytest.mark.parametrize(("kind", "option"), CASES)
+# All options at once have a part each in every derivative.
+by_case = pytest.mark.parametrize(
+    ("kind", "option"), sweep(CASES, lambda kind, option: option in ("none", "all"))
+)
+by_kind_and_registration = pytest.mark.parametrize(
+    ("kind", "forward_mode"), turns(KINDS, [False, True])
+)
+# Lighter than all of them.
+OPTIONS["smooth"] = {
+    name: value
+    for option in ("label_smoothing", "z_loss", "logit_scale")
+    for name, value in OPTIONS[option].items()
+}
+OPTIONS["smooth, mean"] = OPTIONS["smooth"] | {"reduction": "mean"}
+# Over all logits at once the fused loss is the integer one.
+FUSED = [f"fused, {strategy}" for strategy in STRATEGIES]
+IN_CHUNKS = FUSED[:-1]
+WITH_FORWARD_MODE = FUSED[1:]
 
 
 class Problem(NamedTuple):
@@ -72,27 +86,68 @@ def problem(
 ) -> Problem:
     rng = np.random.default_rng(0)
     arguments = {"logits": rng.standard_normal((batch, V))}
-    fixed = dict(static)
+    fixed, given = dict(static), dict(OPTIONS[option])
     ids = np.resize(IDS, batch)
+    if kind.startswith("fused"):
+        strategy = kind.removeprefix("fused, ")
+        return fused_problem(strategy, given, arguments["logits"], dtype, fixed)
     if kind == "dense":
         # Does not sum to one, and has a zero.
         labels = rng.uniform(0, 1, (batch, V))
         labels[0, 2] = 0
         arguments["labels"] = labels
         function = jl.softmax_cross_entropy
+        given.pop("ignore_index", None)
     else:
         fixed["labels"] = jnp.asarray(ids)
         function = jl.softmax_cross_entropy_with_integer_labels
-    for name, value in OPTIONS[option].items():
-        if name == "ignore_index" and kind == "dense":
-            continue
-        if name == "weights":
-            value = np.resize(value, batch)
-        if isinstance(value, np.ndarray) and value.dtype == np.float64:
-            arguments[name] = value
-        else:
-            fixed[name] = value
-    arrays = {name: jnp.asarray(a, dtype) for name, a in arguments.items()}
+    if "weights" in given:
+        given["weights"] = np.resize(given["weights"], batch)
+    return of_arrays(function, arguments, given, fixed, dtype)
+
+
+def fused_problem(
+    strategy: str,
+    given: dict[str, Any],
+    logits: np.ndarray,
+    dtype: Any,
+    fixed: dict[str, Any],
+) -> Problem:
+    """The fused loss of features that have these logits, in several chunks."""
+    kernel = np.random.default_rng(4).standard_normal((3, V))
+    arguments = {
+        "hidden": logits[:, :3],
+        "kernel": kernel,
+        "bias": np.linspace(-1, 1, V),
+    }
+    fixed |= {"strategy": strategy, "workspace_bytes": 60}
+    fixed["labels"] = jnp.asarray(np.resize(IDS, len(logits)))
+    if strategy == "tokens":
+        fixed.setdefault("reduction", "sum")
+    if "where" in given:
+        given["where"] = given["where"][0]
+    if "weights" in given:  # where it is 0 there is no example, and no derivative
+        weights = np.resize(given["weights"], len(logits))
+        given["weights"] = np.where(weights == 0, 0.7, weights)
+    function = jl.linear_softmax_cross_entropy
+    return of_arrays(function, arguments, given, fixed, dtype)
+
+
+def of_arrays(
+    function: Callable[..., jax.Array],
+    arguments: dict[str, np.ndarray],
+    given: dict[str, Any],
+    fixed: dict[str, Any],
+    dtype: Any,
+) -> Problem:
+    """Options that are floating arrays are arguments as well."""
+    floating = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, np.ndarray) and value.dtype == np.float64
+    }
+    fixed = fixed | {k: v for k, v in given.items() if k not in floating}
+    arrays = {n: jnp.asarray(a, dtype) for n, a in (arguments | floating).items()}
     return Problem(lambda tree: function(**tree, **fixed), arrays)
 
 
@@ -123,7 +178,19 @@ def assert_trees_close(actual: Any, expected: Any, **tolerance: float) -> None:
 
 
 @pytest.mark.without_llvm_passes
-@by_case
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    sweep(
+        CASES
+        + [
+            (name, option) for name in FUSED for option in ("smooth, mean", "all, mean")
+        ],
+        lambda kind, option: (
+            (kind in KINDS and option in ("none", "all"))
+            or (kind in IN_CHUNKS and option == "smooth, mean")
+        ),
+    ),
+)
 def test_gradients_match_differences_to_second_order(kind: str, option: str) -> None:
     with jax.enable_x64(True):
         loss, arguments = problem(kind, option, dtype=np.float64)
@@ -133,8 +200,25 @@ def test_gradients_match_differences_to_second_order(kind: str, option: str) -> 
 
 # Option by option, forward mode is compared with reverse mode below.
 @pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("option", ["none", "all"])
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    sweep(
+        [
+            (name, option)
+            for name in [*KINDS, *WITH_FORWARD_MODE]
+            for option in ("none", "smooth", "all")
+        ],
+        lambda *case: (
+            case
+            in [
+                ("integer", "smooth"),
+                ("dense", "none"),
+                ("fused, recompute", "smooth"),
+                ("fused, vocab", "smooth"),
+            ]
+        ),
+    ),
+)
 def test_every_mix_of_modes_matches_differences_to_second_order(
     kind: str, option: str
 ) -> None:
@@ -172,9 +256,10 @@ def test_both_registrations_agree_to_two_units_in_the_last_place(
 
 
 @pytest.mark.without_llvm_passes
-@REGISTRATIONS
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["hessian", "reverse_over_reverse", "product"])
+@pytest.mark.parametrize(
+    ("way", "kind", "forward_mode"),
+    turns(["hessian", "reverse_over_reverse", "product"], KINDS, [False, True]),
+)
 def test_hessian_is_the_covariance_of_the_softmax(
     way: str, kind: str, forward_mode: bool
 ) -> None:
@@ -213,8 +298,7 @@ def test_hessian_keeps_the_digits_of_a_confident_row() -> None:
     np.testing.assert_allclose(hessian, expected, rtol=1e-5)
 
 
-@REGISTRATIONS
-@pytest.mark.parametrize("kind", KINDS)
+@by_kind_and_registration
 def test_gradient_by_a_weight_of_zero_is_the_gradient_of_its_row(
     kind: str, forward_mode: bool
 ) -> None:
@@ -269,7 +353,18 @@ def test_reweighting_raises_the_examples_that_help_the_validation_loss() -> None
 
 
 @pytest.mark.without_llvm_passes
-@by_case
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    sweep(
+        CASES
+        + [
+            (name, option) for name in WITH_FORWARD_MODE for option in ("smooth", "all")
+        ],
+        lambda kind, option: (
+            option in ("none", "smooth") or (kind, option) == ("dense", "all")
+        ),
+    ),
+)
 def test_forward_mode_serves_jvp_jacfwd_and_linearize(kind: str, option: str) -> None:
     loss, arguments = problem(kind, option, forward_mode=True)
     reverse, _ = problem(kind, option)
@@ -288,7 +383,7 @@ def test_forward_mode_serves_jvp_jacfwd_and_linearize(kind: str, option: str) ->
     )
     np.testing.assert_allclose(value, result, **REORDERED)
     np.testing.assert_allclose(tangent, expected, rtol=1e-5, atol=1e-5)
-    if option in ("none", "all"):
+    if option in ("none", "all", "smooth"):
         value, push = jax.linearize(loss, arguments)
         np.testing.assert_allclose(value, result, **REORDERED)
         np.testing.assert_allclose(push(tangents), expected, rtol=1e-5, atol=1e-5)
@@ -307,7 +402,7 @@ def test_jvp_without_forward_mode_is_an_error_that_names_it(kind: str) -> None:
 
 
 @pytest.mark.without_llvm_passes
-@REGISTRATIONS
+@pytest.mark.parametrize("forward_mode", [False, True])
 @by_case
 def test_backward_pass_keeps_only_the_inputs_and_a_number_per_example(
     kind: str, option: str, forward_mode: bool
@@ -371,10 +466,19 @@ def temporaries(cases: list[tuple[str, str, bool]]) -> list[int]:
     return one_device.results("test_transforms", "temporary_bytes", cases)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_options_cost_no_memory_of_the_size_of_the_logits(kind: str) -> None:
-    # Option by option, then all at once; with both registrations.
-    options = [o for k, o in CASES if k == kind and o not in ("all, mean", "none")]
+@pytest.mark.parametrize(
+    ("kind", "at_once"),
+    sweep(
+        [(kind, at_once) for kind in KINDS for at_once in (True, False)],
+        lambda kind, at_once: at_once,
+    ),
+)
+def test_options_cost_no_memory_of_the_size_of_the_logits(
+    kind: str, at_once: bool
+) -> None:
+    # All at once, or option by option; with both registrations.
+    each = [o for k, o in CASES if k == kind and not o.startswith(("all", "none"))]
+    options = ["all"] if at_once else each
     cases = [(kind, "none", False), (kind, "none", True)]
     cases += [(kind, option, False) for option in options]
     cases += [(kind, option, True) for option in options]
@@ -399,8 +503,7 @@ def test_bfloat16_logits_are_not_copied_to_float32_in_memory() -> None:
 
 
 @pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("option", ["none", "all, mean"])
+@pytest.mark.parametrize(("option", "kind"), turns(["none", "all, mean"], KINDS))
 def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None:
     loss, arguments = problem(kind, option)
     assert_trees_close(jax.jit(loss)(arguments), loss(arguments), **REORDERED)
@@ -409,9 +512,9 @@ def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None
 
 
 @pytest.mark.without_llvm_passes
-@REGISTRATIONS
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("axis", "kind", "forward_mode"), turns([0, 1, 2], KINDS, [False, True])
+)
 def test_vmap_over_any_axis_is_the_batched_call(
     axis: int, kind: str, forward_mode: bool
 ) -> None:
@@ -451,8 +554,7 @@ MAPPED: dict[str, np.ndarray] = {
 
 
 @pytest.mark.without_llvm_passes
-@REGISTRATIONS
-@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize(("name", "forward_mode"), turns(MAPPED, [False, True]))
 def test_vmap_over_one_argument_is_a_loop_over_it(
     name: str, forward_mode: bool
 ) -> None:
@@ -479,8 +581,7 @@ def test_vmap_over_one_argument_is_a_loop_over_it(
 
 
 @pytest.mark.without_llvm_passes
-@REGISTRATIONS
-@pytest.mark.parametrize("kind", KINDS)
+@by_kind_and_registration
 def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
     kind: str, forward_mode: bool
 ) -> None:
@@ -507,8 +608,7 @@ def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
 
 
 @pytest.mark.without_llvm_passes
-@REGISTRATIONS
-@pytest.mark.parametrize("kind", KINDS)
+@by_kind_and_registration
 def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
     loss, arguments = problem(kind, "all", forward_mode=forward_mode)
     plain = value_and_gradients(loss)(arguments)
@@ -533,29 +633,6 @@ def test_checkpoint_changes_no_second_derivative(kind: str) -> None:
 
 # Compilation
 
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What JAX traces, lowers and compiles within the context."""
-    events: list[str] = []
-    _LISTENERS.append(events)
-    try:
-        yield events
-    finally:
-        _LISTENERS.remove(events)
-
-
-_LISTENERS: list[list[str]] = []
-
-
-def _record(event: str, seconds: float, **_: Any) -> None:
-    for events in _LISTENERS:
-        if event.startswith("/jax/core/compile"):
-            events.append(event)
-
-
-# JAX has no way to take a listener back, so one serves every test.
-jax.monitoring.register_event_duration_secs_listener(_record)
 
 SCHEDULED = {
     "label_smoothing": (0.1, 0.2),

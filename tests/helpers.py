@@ -1,0 +1,197 @@
+"""What several test modules share: the losses, sweeps, exact values, and listeners."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jaxlosses as jl
+
+Loss = Callable[..., Any]
+STRATEGIES = ("tokens", "recompute", "vocab", "dense")
+
+
+def fused(strategy: str) -> Loss:
+    """The fused loss as a function of logits: of an identity for a kernel.
+
+    A product with the identity is exact. There are several chunks.
+    """
+
+    def loss(logits: Any, labels: Any, **options: Any) -> Any:
+        kernel = jnp.eye(np.shape(logits)[-1], dtype=jnp.float32)
+        return jl.linear_softmax_cross_entropy(
+            logits, kernel, labels, strategy=strategy, workspace_bytes=64, **options
+        )
+
+    return loss
+
+
+# What every claim about losses is made of: functions of logits and labels.
+TAKE_IDS: dict[str, Loss] = {
+    "integer": jl.softmax_cross_entropy_with_integer_labels,
+    **{f"fused, {strategy}": fused(strategy) for strategy in STRATEGIES},
+}
+LOSSES: dict[str, Loss] = {"dense": jl.softmax_cross_entropy, **TAKE_IDS}
+
+
+# Which cases `make test` has
+
+
+def sweep(cases: Iterable[Any], short: Callable[..., bool]) -> list[Any]:
+    """Parameters, of which those that are not `short` wait for `make test-long`."""
+    parameters = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = () if short(*values) else pytest.mark.long
+        parameters.append(pytest.param(*values, marks=marks))
+    return parameters
+
+
+def turns(*axes: Iterable[Any]) -> list[Any]:
+    """All combinations, of which every second one waits for `make test-long`.
+
+    What is left has each value of an axis, with half of those of the others.
+    """
+    lists = [list(axis) for axis in axes]
+    places = itertools.product(*(range(len(values)) for values in lists))
+    return [
+        pytest.param(
+            *(values[i] for values, i in zip(lists, place, strict=True)),
+            marks=pytest.mark.long if sum(place) % 2 else (),
+        )
+        for place in places
+    ]
+
+
+# Exact values
+
+# Options that are arrays are differentiated; the others are static.
+DIFFERENTIATED = (
+    "class_weights",
+    "weights",
+    "label_smoothing",
+    "z_loss",
+    "logit_scale",
+)
+
+
+MARGINS = (0.0, 1.0, 5.0, 20.0, 30.0, 50.0, 80.0)
+SCALES = (1e-3, 1.0, 30.0, 1e4)
+
+
+@functools.cache
+def confident(
+    classes: int, dtype: str = "float32", repeat: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows at every scale and margin; the rounding to `dtype` may move the margin."""
+    rng = np.random.default_rng(classes)
+    margins = MARGINS if classes < 10**4 else MARGINS[::3]
+    rows = [
+        oracle.confident_logits(rng, repeat, classes, margin, scale, jnp.dtype(dtype))
+        for scale in SCALES
+        for margin in margins
+    ]
+    logits, ids = zip(*rows, strict=True)
+    return np.concatenate(logits), np.concatenate(ids)
+
+
+@np.errstate(all="ignore")
+def exact_derivatives(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    cotangent: np.ndarray,
+    options: dict[str, Any],
+) -> dict[str, tuple[Any, Any]]:
+    """Gradients, and the sums of the absolute terms of each."""
+    exact = oracle.gradients(logits, labels, cotangent=cotangent, **options)
+    out = {"logits": (exact["logits"], exact["logits_terms"])}
+    size = abs(cotangent.astype(np.float64))
+    one_sign = [n for n in ("labels", "class_weights", "weights") if n in exact]
+    # All terms of these are of one sign, but for the cotangent and the denominator.
+    if one_sign:
+        unsigned = oracle.gradients(logits, labels, cotangent=size, **options)
+    share = 1.0
+    if one_sign and options.get("reduction") == "mean":
+        summed = options | {"reduction": "sum"}
+        total = oracle.loss(logits, labels, **summed)
+        share = oracle.loss(logits, labels, **options) / total if total else 0.0
+        unsigned_sum = oracle.gradients(logits, labels, cotangent=size, **summed)
+    for name in one_sign:
+        terms = unsigned[name]
+        if share != 1.0 and name != "labels":
+            terms = 2 * share * unsigned_sum[name] - terms
+        out[name] = (exact[name], terms)
+    # The loss is linear in both of these.
+    for name in ("label_smoothing", "z_loss"):
+        if name in options:
+            one = oracle.loss(logits, labels, **(options | {name: 1.0}))
+            none = oracle.loss(logits, labels, **(options | {name: 0.0}))
+            out[name] = (
+                np.sum(cotangent * (one - none)),
+                np.sum(size * (one + none)),
+            )
+    if "logit_scale" in options:
+        out["logit_scale"] = (
+            exact["logit_scale"],
+            scale_terms(logits, labels, size, options),
+        )
+    return out
+
+
+def scale_terms(
+    logits: np.ndarray, labels: np.ndarray, size: np.ndarray, options: dict[str, Any]
+) -> Any:
+    """Sum of the absolute terms of the derivative by the scale."""
+    capped, cap = logits.astype(np.float64), options.get("logit_softcap")
+    if cap is not None:
+        capped = np.where(np.isinf(capped), capped, cap * np.tanh(capped / cap))
+    uncapped = options | {"logit_softcap": None}
+    terms = oracle.gradients(capped, labels, cotangent=size, **uncapped)["logits_terms"]
+    terms = terms / abs(float(options["logit_scale"]))
+    return np.sum(np.where(terms == 0, 0, terms * abs(capped)))
+
+
+def assert_all_zero(*arrays: Any) -> None:
+    for array in arrays:
+        assert np.all(np.asarray(array) == 0), array
+
+
+# How JAX runs it
+
+
+def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside a `shard_map` arrays are known to be on one device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",))
+    everywhere = jax.sharding.PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What JAX traces, lowers and compiles within the context."""
+    events: list[str] = []
+    _LISTENERS.append(events)
+    try:
+        yield events
+    finally:
+        _LISTENERS.remove(events)
+
+
+_LISTENERS: list[list[str]] = []
+
+
+def _record(event: str, seconds: float, **_: Any) -> None:
+    for events in _LISTENERS:
+        if event.startswith("/jax/core/compile"):
+            events.append(event)
+
+
+# JAX has no way to take a listener back, so one serves every test.
+jax.monitoring.register_event_duration_secs_listener(_record)
