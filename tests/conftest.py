@@ -1,5 +1,6 @@
 """Strict promotion, eight CPU devices to split arrays over, and the suite's time."""
 
+import collections
 import os
 import tempfile
 
@@ -44,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _leave_every_second(items)
+
     def place(item: pytest.Item) -> int:
         # The first tests of all go to one worker, which makes what they share once.
         if item.get_closest_marker("together"):
@@ -52,6 +55,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if _is_without_llvm_passes(item) else 2
 
     items.sort(key=place)
+
+
+def _leave_every_second(items: list[pytest.Item]) -> None:
+    """Of a test marked `alternate`, half of the cases wait for `make test-long`.
+
+    Not the odd ones, of which an inner parameter of two values may have one only.
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    for item in items:
+        if item.get_closest_marker("long") or not item.get_closest_marker("alternate"):
+            continue
+        name = item.nodeid.partition("[")[0]
+        if seen[name].bit_count() % 2:
+            item.add_marker(pytest.mark.long)
+        seen[name] += 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

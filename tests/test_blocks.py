@@ -37,6 +37,7 @@ def make_inputs(batch: tuple[int, ...], where: str) -> Inputs:
     )
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("batch", "rows", "where"),

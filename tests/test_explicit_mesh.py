@@ -121,6 +121,7 @@ def check_against_oracle(got: Any, floats: Any, rest: Any) -> None:
         check_close(gradient, exact[name])
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("scores", "dense"), turns(SCORES, [False, True]))
 def test_what_belongs_to_logits_may_be_split_in_any_way(
@@ -299,6 +300,7 @@ HEADS: dict[str, tuple[Placed, Placed]] = {
 }
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("head", "strategy"),

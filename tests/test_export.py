@@ -366,6 +366,7 @@ def check(
     return each
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("kind", "options", "dims", "each"), HERE)
 def test_losses_exported_with_symbolic_sizes_are_exact_at_any(
@@ -374,6 +375,7 @@ def test_losses_exported_with_symbolic_sizes_are_exact_at_any(
     assert check(kind, options, dims, each) == each
 
 
+@pytest.mark.long
 def test_hosts_of_one_device_export_symbolic_sizes_too() -> None:
     done = one_device.results("test_export", "check", ON_ONE_DEVICE)
     assert done == [each for *_, each in ON_ONE_DEVICE]

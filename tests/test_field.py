@@ -147,6 +147,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("name", "forward_mode", "option"),
@@ -260,6 +261,7 @@ def test_a_traced_z_loss_of_zero_is_none(name: str) -> None:
 # The mean of a z-loss beside class weights
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("factor", "name"), turns([1.0, 10.0, 0.0], TAKE_IDS))
 def test_class_weights_do_not_rescale_the_z_loss_of_a_mean(
     name: str, factor: float
@@ -308,6 +310,7 @@ def test_an_axis_is_any_integer(axis: Any) -> None:
     np.testing.assert_array_equal(jl.log_softmax(logits, axis), jl.log_softmax(logits))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("kind", "name"), turns([bool, np.int32, np.uint8], LOSSES))
 def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -320,6 +323,7 @@ def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("name", "weighted"),
     sweep(
@@ -351,6 +355,7 @@ def test_a_mask_that_fits_classes_and_examples_means_classes() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("argument", "name"), turns(["logit_scale", "label_smoothing", "z_loss"], LOSSES)
 )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import sweep
 from jax.test_util import check_grads
 from tolerances import assert_gradient, assert_loss
 
@@ -96,7 +97,9 @@ def test_every_backend_is_loud_about_a_label_and_a_diverged_row(name: str) -> No
 
 
 @pytest.mark.without_llvm_passes
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "name", sweep(BACKENDS, lambda name: name in ("toy", "classes"))
+)
 def test_every_backend_serves_all_modes_to_second_order(name: str) -> None:
     with jax.enable_x64(True):
         logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))

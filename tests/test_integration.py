@@ -224,6 +224,7 @@ IMPORT = (
 )
 
 
+@pytest.mark.long  # `make demo` is run by itself
 @pytest.mark.parametrize(
     "package", sweep(["jaxlosses", "optax"], lambda package: package == "jaxlosses")
 )

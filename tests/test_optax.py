@@ -115,6 +115,7 @@ def test_integer_loss_is_optax_positionally(axis: Any, mask: str) -> None:
     assert np.any(ours > 0.1)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("axis", "mask"), turns([-1, 0, 1, (1, 2), (2, 0), (0, 1, 2), None], MASKS), ids=str
 )
@@ -135,6 +136,7 @@ def test_dense_loss_is_optax_positionally(axis: Any, mask: str) -> None:
         np.testing.assert_allclose(our_gradient, their_gradient, **SAME)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (1, 1), (3, 1), (2, 3, 300)], ids=str)
 def test_losses_are_optax_for_every_shape(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(4)

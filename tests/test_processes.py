@@ -15,7 +15,7 @@ import one_device
 import pytest
 
 # The story is told once, for all tests.
-pytestmark = pytest.mark.together
+pytestmark = [pytest.mark.together, pytest.mark.long]
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 SCRIPT = NOTEBOOKS / "sharded_language_model.py"

@@ -74,6 +74,7 @@ def loss(dense: bool, forward_mode: bool, axis_name: Any = None) -> Any:
     return with_options
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("shape", "dense", "forward_mode"),
@@ -522,6 +523,7 @@ def check_head(
     np.testing.assert_allclose(d_kernel, flat[0].T @ flat[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("shape", "strategy"),

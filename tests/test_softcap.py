@@ -36,6 +36,7 @@ def logits_within(cap: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return a.astype(dtype), b.astype(dtype)
 
 
+@pytest.mark.alternate
 @dtypes
 @pytest.mark.parametrize("cap", [1e-6, 1e-3, 1.0, 5.0, 50.0, 333.0, 1e4, 1e8])
 def test_a_difference_has_all_its_digits(dtype: str, cap: float) -> None:

@@ -92,6 +92,7 @@ def test_published_example_has_its_probabilities() -> None:
     )
 
 
+@pytest.mark.alternate
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_digit_is_right_up_to_80_nats(name: str, dtype: str) -> None:
@@ -144,6 +145,7 @@ def test_classes_are_any_axes(name: str, axis: Any) -> None:
 # Masks
 
 
+@pytest.mark.alternate
 @both
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 4), (2, 1, 1), (2, 3)], ids=str)
 def test_masked_class_has_no_probability_and_no_gradient(

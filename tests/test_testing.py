@@ -34,6 +34,7 @@ def with_gradient(gradient: Callable[..., Any]) -> Callable[..., Any]:
     return loss
 
 
+@pytest.mark.long
 def test_the_public_losses_hold_entry_by_entry() -> None:
     checks = check_loss(integer, strict=True)
     assert {check.dtype for check in checks} == {"float64", "float32", "bfloat16"}

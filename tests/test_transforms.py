@@ -1,6 +1,7 @@
 """The losses under jit, vmap, scan, checkpoint and every kind of differentiation."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -177,18 +178,13 @@ def assert_trees_close(actual: Any, expected: Any, **tolerance: float) -> None:
 # Differentiation
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("kind", "option"),
     sweep(
-        CASES
-        + [
-            (name, option) for name in FUSED for option in ("smooth, mean", "all, mean")
-        ],
-        lambda kind, option: (
-            (kind in KINDS and option in ("none", "all"))
-            or (kind in IN_CHUNKS and option == "smooth, mean")
-        ),
+        [*CASES, *itertools.product(IN_CHUNKS, ["smooth, mean", "all, mean"])],
+        lambda kind, option: option in ("none", "smooth, mean", "all"),
     ),
 )
 def test_gradients_match_differences_to_second_order(kind: str, option: str) -> None:
@@ -204,18 +200,13 @@ def test_gradients_match_differences_to_second_order(kind: str, option: str) -> 
     ("kind", "option"),
     sweep(
         [
-            (name, option)
-            for name in [*KINDS, *WITH_FORWARD_MODE]
-            for option in ("none", "smooth", "all")
+            ("integer", "smooth"),
+            *itertools.product(KINDS, ["none", "all"]),
+            *itertools.product(WITH_FORWARD_MODE, ["smooth"]),
         ],
         lambda *case: (
             case
-            in [
-                ("integer", "smooth"),
-                ("dense", "none"),
-                ("fused, recompute", "smooth"),
-                ("fused, vocab", "smooth"),
-            ]
+            in [("dense", "none"), ("integer", "smooth"), ("fused, vocab", "smooth")]
         ),
     ),
 )
@@ -228,6 +219,7 @@ def test_every_mix_of_modes_matches_differences_to_second_order(
         check_grads(loss, (arguments,), order=2, modes=("fwd", "rev"), **DIFFERENCES)
 
 
+@pytest.mark.alternate
 @by_case
 def test_both_registrations_agree_to_two_units_in_the_last_place(
     kind: str, option: str
@@ -352,14 +344,12 @@ def test_reweighting_raises_the_examples_that_help_the_validation_loss() -> None
     np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("kind", "option"),
     sweep(
-        CASES
-        + [
-            (name, option) for name in WITH_FORWARD_MODE for option in ("smooth", "all")
-        ],
+        [*CASES, *itertools.product(WITH_FORWARD_MODE, ["smooth"])],
         lambda kind, option: (
             option in ("none", "smooth") or (kind, option) == ("dense", "all")
         ),
@@ -470,7 +460,7 @@ def temporaries(cases: list[tuple[str, str, bool]]) -> list[int]:
     ("kind", "at_once"),
     sweep(
         [(kind, at_once) for kind in KINDS for at_once in (True, False)],
-        lambda kind, at_once: at_once,
+        lambda kind, at_once: at_once and kind == "integer",
     ),
 )
 def test_options_cost_no_memory_of_the_size_of_the_logits(
@@ -686,8 +676,13 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", LEFT_OUT)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("compiled", "how"),
+    sweep(
+        itertools.product([False, True], LEFT_OUT),
+        lambda compiled, how: compiled or how == "weight 0",
+    ),
+)
 def test_debug_nans_finds_none_where_a_nan_does_not_count(
     how: str, compiled: bool
 ) -> None:
