@@ -1,0 +1,126 @@
+"""What type checkers and editors see: overloads on `return_stats` beside the names."""
+
+from typing import Literal, TypedDict, Unpack, overload
+
+from jaxtyping import Array, ArrayLike
+
+from jaxlosses import testing as testing
+from jaxlosses._backends.choose import Strategy
+from jaxlosses._backends.head import Layout
+from jaxlosses._combine import Reduction
+from jaxlosses._combine import Stats as Stats
+from jaxlosses._softmax import log_softmax as log_softmax
+from jaxlosses._softmax import softmax as softmax
+
+__version__: str
+
+class _Options(TypedDict, total=False):
+    class_weights: ArrayLike | None
+    label_smoothing: float | Array
+    z_loss: float | Array
+    logit_softcap: float | None
+    logit_scale: float | Array
+    weights: ArrayLike | None
+    reduction: Reduction
+    axis_name: str | tuple[str, ...] | None
+    forward_mode: bool
+
+class _OfIds(_Options, total=False):
+    ignore_index: int | None
+
+class _Fused(_OfIds, total=False):
+    kernel_layout: Layout
+    where: ArrayLike | None
+    strategy: Strategy
+    workspace_bytes: int | None
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Array: ...
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Stats]: ...
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[_Options],
+) -> Array | tuple[Array, Stats]: ...
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[_OfIds],
+) -> Array: ...
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[_OfIds],
+) -> tuple[Array, Stats]: ...
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[_OfIds],
+) -> Array | tuple[Array, Stats]: ...
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[_Fused],
+) -> Array: ...
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[_Fused],
+) -> tuple[Array, Stats]: ...
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[_Fused],
+) -> Array | tuple[Array, Stats]: ...
