@@ -18,13 +18,17 @@ Result = TypeVar("Result")
 
 
 def by_platform(
-    on_cpu: Callable[..., Result], otherwise: Callable[..., Result], *args: object
+    on_cpu: Callable[..., Result],
+    otherwise: Callable[..., Result],
+    *args: object,
+    on_tpu: Callable[..., Result] | None = None,
 ) -> Result:
-    """One of two functions of the arguments, by the platform that a program is for.
+    """One of some functions of the arguments, by the platform that a program is for.
 
-    Both are traced, on every host and for every platform.
+    All are traced, on every host and for every platform.
     """
-    return lax.platform_dependent(*args, cpu=on_cpu, default=otherwise)
+    more = {} if on_tpu is None else {"tpu": on_tpu}
+    return lax.platform_dependent(*args, cpu=on_cpu, default=otherwise, **more)
 
 
 def is_cpu() -> bool:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxlosses import _checks, _sharding
+from jaxlosses._backends import choose
 from jaxlosses._math.classes import Inputs, Mask, Spec, Values, any_class
-from jaxlosses._math.statistics import normalize
 
 
 @_checks.has_own_messages
@@ -173,15 +173,27 @@ def _rebuilt(
     return tangent(logits, where, *_normalizer(spec, logits, where), d_logits)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalizer(
     spec: Spec, logits: Values, where: Mask | None
 ) -> tuple[Values, Values]:
-    _, peak, spread = normalize(spec, Inputs(logits, None, where))
+    """`peak` and `spread`, of which the second carries the derivative of their sum."""
+    peak, spread = choose.normalizer(spec, Inputs(logits, None, where))
     if where is None:
         return peak, spread
     # Without a class both are NaN, which `jax_debug_nans` finds in what is kept.
     some = any_class(spec, where)
     return jnp.where(some, peak, 0), jnp.where(some, spread, 0)
+
+
+@_normalizer.defjvp
+def _normalizer_jvp(spec: Spec, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    logits, where = primals
+    peak, spread = _normalizer(spec, logits, where)
+    p = _masked(where, jnp.exp(_log_p(logits, where, peak, spread)), 0.0)
+    d_z = tangents[0].astype(p.dtype)
+    d_spread = jnp.sum(p * d_z, spec.axes, keepdims=True)
+    return (peak, spread), (jnp.zeros_like(peak), d_spread)
 
 
 def _log_p(logits: Values, where: Mask | None, peak: Values, spread: Values) -> Values:

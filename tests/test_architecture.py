@@ -32,7 +32,7 @@ LAYERS = [
     {"_math.classes"},
     {"_math.transform", "_sharding"},
     {"_math.statistics"},
-    {"_math.gradient", "_combine"},
+    {"_math.gradient", "_math.online", "_combine"},
     {"_rules", "_options"},
     {"_backends.head", "_backends.cpu"},
     {"_backends.chunks"},

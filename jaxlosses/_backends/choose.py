@@ -2,13 +2,20 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from jaxlosses._backends import cpu
 from jaxlosses._backends.chunks import Plan
 from jaxlosses._backends.head import Head, Layout, classes_of, compute_dtype
-from jaxlosses._math import statistics
-from jaxlosses._math.classes import Inputs, Spec, Whole, accumulation_dtype
+from jaxlosses._math import online, statistics
+from jaxlosses._math.classes import (
+    Inputs,
+    Spec,
+    Values,
+    Whole,
+    accumulation_dtype,
+)
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._platform import by_platform, is_cpu, is_local
 from jaxlosses._sharding import explicit_mesh
@@ -24,16 +31,37 @@ _WORKSPACE = 2**30
 _FEW_EXAMPLES = 64
 # A piece of the kernel's gradient takes this part of the workspace.
 _PIECES = 8
+# Slices of a row of given logits, on a TPU.
+_SLICES_ON_TPU = 4
 # Chunks of what has a symbolic size, whose bytes cannot be counted.
 _CHUNKS_OF_ANY_SIZE = 16
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
-    """Statistics of given logits, read as the platform of the program wants it."""
-    whole = functools.partial(statistics.evaluate, spec)
-    if not _may_block(spec, inputs):
-        return whole(inputs)
-    return by_platform(cpu.in_blocks(spec, _may_block), whole, inputs)
+    """Statistics of given logits, read as the platform of the program wants it.
+
+    Off a CPU a reduction of several numbers at once reads them once. XLA:CPU would take
+    it one by one, and XLA:GPU writes the slices of a row that help XLA:TPU
+    (benchmarks/NOTES.md, "One read, by a reduction of several numbers").
+    """
+    on_cpu: Callable[[Inputs], Statistics]
+    on_cpu = functools.partial(statistics.evaluate, spec)
+    if _may_block(spec, inputs):
+        on_cpu = cpu.in_blocks(spec, _may_block)
+    if spec.softcap is not None:  # arithmetic of pairs in every step costs more
+        return by_platform(on_cpu, functools.partial(statistics.evaluate, spec), inputs)
+    once = functools.partial(online.evaluate, spec)
+    on_tpu = functools.partial(once, slices=_SLICES_ON_TPU)
+    return by_platform(on_cpu, once, inputs, on_tpu=on_tpu)
+
+
+def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
+    """What turns logits into probabilities, `peak` and `spread`, likewise."""
+
+    def on_cpu(inputs: Inputs) -> tuple[Values, Values]:
+        return statistics.normalize(spec, inputs)[1:]
+
+    return by_platform(on_cpu, functools.partial(online.normalizer, spec), inputs)
 
 
 def _may_block(spec: Spec, inputs: Inputs) -> bool:

@@ -1,6 +1,8 @@
 """Chunks of classes, merged; the backward pass computes their logits again."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from jaxlosses._backends.head import (
     pull,
     squeezed,
 )
-from jaxlosses._math import gradient, statistics
+from jaxlosses._math import gradient, online, statistics
 from jaxlosses._math.classes import (
     Inputs,
     Shaped,
@@ -35,7 +37,7 @@ from jaxlosses._math.classes import (
 )
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Partial, Statistics
-from jaxlosses._platform import put, take
+from jaxlosses._platform import by_platform, put, take
 from jaxlosses._sharding import scan
 from jaxlosses._types import DType, Tree
 
@@ -49,18 +51,31 @@ class ByClasses:
 
     def evaluate(self, product: Product) -> Statistics:
         """What each chunk has, merged with what was there before."""
+        on_cpu = functools.partial(self._evaluate, statistics.partial)
+        if self.spec.softcap is not None:  # as in `choose.evaluate`
+            return on_cpu(product)
+        # The reduction may be one with the matmul, and no logit written.
+        once = functools.partial(self._evaluate, online.partial)
+        return by_platform(on_cpu, once, product)
+
+    def _evaluate(
+        self, partial: Callable[..., Partial], product: Product
+    ) -> Statistics:
         spec, pieces = self.spec, _Pieces(self.spec, self.plan, product)
         whole = _inputs(spec, None, product)
 
-        def body(so_far: Partial, i: Array) -> tuple[Partial, None]:
+        def of(i: Array) -> Partial:
             piece = pieces.take(i)
-            part = statistics.partial(pieces.spec, piece.inputs, piece.target)
-            part = _shifted(part, piece.start)
-            both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, part)
+            part = partial(pieces.spec, piece.inputs, piece.target)
+            return _shifted(part, piece.start)
+
+        def body(so_far: Partial, i: Array) -> tuple[Partial, None]:
+            both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, of(i))
             merged = statistics.merge(spec, both, _Stacked(), whole)
             return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
 
-        part, _ = scan(body, pieces.nothing(), pieces.ids)
+        start = _nothing(jax.eval_shape(of, pieces.ids[0]))
+        part, _ = scan(body, start, pieces.ids)
         if spec.shards != Whole():
             part = _shifted(part, spec.shards.first_id(pieces.num_classes))
             part = statistics.merge(spec, part, spec.shards, whole)
@@ -204,18 +219,15 @@ class _Pieces:
                 target = jnp.where(inputs.where, target, 0)
         return _Piece(start, head, inputs, target, uniform)
 
-    def nothing(self) -> Partial:
-        """The statistics of no classes."""
-        spec, shape = self.spec, (*self._product.labels.ids.shape, 1)
-        zero, none = jnp.zeros(shape, self._acc), jnp.full(shape, -jnp.inf, self._acc)
-        return Partial(
-            none,
-            none,
-            zero,
-            zero if spec.smooth else None,
-            jnp.zeros((1,) * len(shape), self._acc) if spec.smooth else None,
-            jnp.full(shape, -1, jnp.int32) if spec.predicted else None,
-        )
+
+def _nothing(like: Partial) -> Partial:
+    """The statistics of no classes, of the shapes and dtypes of those of some."""
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    none = jnp.full_like(zeros.label, -jnp.inf)
+    out: Partial = zeros._replace(label=none, rival=none)
+    if like.predicted is not None:
+        out = out._replace(predicted=jnp.full_like(zeros.predicted, -1))
+    return out
 
 
 def _inputs(spec: Spec, z: Shaped | None, product: Product) -> Inputs:
