@@ -892,7 +892,7 @@ def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
 
 def plan_of(
     size: tuple[int, int, int],
-    workspace: int,
+    workspace: int | None,
     strategy: Any = "auto",
     reduction: str = "none",
     local: bool = True,
@@ -931,6 +931,17 @@ def test_chunks_are_equal_where_an_accelerator_would_pad_them(
     # A prime number of examples has no equal chunks.
     _, plan = plan_of((509, 8, 1024), logits // 5, **options)
     assert plan.num_chunks == 7
+
+
+def test_a_chunk_on_an_accelerator_pays_for_the_sum_of_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choose, "is_cpu", lambda: False)
+    options = {"strategy": "tokens", "reduction": "mean"}
+    # Without a given workspace, half as many examples as features or more.
+    for size, number in (((8192, 4096, 128256), 4), ((2048, 4096, 128256), 2)):
+        assert plan_of(size, None, **options)[1].num_chunks == number
+    assert plan_of((8192, 4096, 128256), 2**30, **options)[1].num_chunks == 8
 
 
 def test_auto_takes_the_strategy_that_is_documented() -> None:

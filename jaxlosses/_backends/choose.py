@@ -111,10 +111,11 @@ def plan(
     workspace: int | None,
 ) -> tuple[Way, Plan]:
     """The strategy and the number of its chunks."""
-    *batch, _ = head.hidden.shape
+    *batch, features = head.hidden.shape
     num_classes = classes_of(layout, head.kernel)
     num_examples = math.prod(batch)
     held = _bytes_of_logits(head, num_examples * num_classes)
+    is_free = workspace is None
     if workspace is None:
         workspace = _workspace(num_examples * num_classes)
     if strategy == "auto":
@@ -132,6 +133,11 @@ def plan(
     size = num_examples if local or not batch else batch[axis]
     number = _chunks(size, held, workspace)
     on_cpu = is_cpu()
+    known = are_numbers(num_examples, features)
+    if is_free and not on_cpu and known and num_examples >= 2 * features > 0:
+        # A shorter chunk takes less time than it takes to add what it has to the
+        # float32 gradient of the kernel (benchmarks/NOTES.md, "Fused").
+        number = min(number, 2 * num_examples // features)
     if not (local and on_cpu) and are_numbers(size):
         # Equal chunks need no padding, whose entries would move between devices; and
         # a matmul of whole tiles pads no operand.
