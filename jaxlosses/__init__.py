@@ -6,7 +6,7 @@ from jaxlosses._cross_entropy import softmax_cross_entropy as softmax_cross_entr
 from jaxlosses._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
 )
-from jaxlosses._linear import (
+from jaxlosses._linear_cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
 )
 from jaxlosses._softmax import log_softmax as log_softmax

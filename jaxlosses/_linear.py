@@ -1,4 +1,4 @@
-"""The public fused loss: check, plan, statistics in chunks, combine, reduce."""
+"""The fused loss of arguments that are checked: plan, chunks, combine, reduce."""
 
 import dataclasses
 import functools
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, ArrayLike, Bool
+from jaxtyping import Array, Bool
 
-from jaxlosses import _checks, _combine, _options, _rules, _sharding
+from jaxlosses import _combine, _options, _rules, _sharding
 from jaxlosses._backends import choose, head, tokens
 from jaxlosses._backends.choose import Strategy
 from jaxlosses._backends.chunks import Plan
@@ -25,181 +25,15 @@ from jaxlosses._backends.head import (
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
-from jaxlosses._combine import Coefficients, Example, Losses, Reduction, Result
+from jaxlosses._combine import Coefficients, Example, Losses, Result
 from jaxlosses._cross_entropy import Arrays, loss_on_logits
 from jaxlosses._math.classes import Spec, accumulation_dtype, any_class
 from jaxlosses._options import Options, Static
 from jaxlosses._types import DType
 
 
-@_checks.names_forward_mode
-@_checks.has_own_messages
-def linear_softmax_cross_entropy(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    kernel_layout: Layout = "dv",
-    where: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    strategy: Strategy = "auto",
-    workspace_bytes: int | None = None,
-    class_weights: ArrayLike | None = None,
-    label_smoothing: float | Array = 0.0,
-    z_loss: float | Array = 0.0,
-    logit_softcap: float | None = None,
-    logit_scale: float | Array = 1.0,
-    weights: ArrayLike | None = None,
-    reduction: Reduction = "none",
-    axis_name: str | tuple[str, ...] | None = None,
-    forward_mode: bool = False,
-    return_stats: bool = False,
-) -> Result:
-    """Softmax cross-entropy of `hidden @ kernel + bias`, without holding the logits.
-
-    For each example with label `y`, class weights `w` and smoothing `α`:
-
-        z = hidden @ kernel + bias
-        loss = (1 - α) w_y (lse - z_y) + α / V Σ_j w_j (lse - z_j)
-
-    with `lse = log Σ_j exp z_j`. It is the loss of
-    `softmax_cross_entropy_with_integer_labels` on the logits `z`, which are computed
-    in pieces: memory grows with `workspace_bytes`, not with examples times classes.
-
-    Args:
-        hidden: `B... D`, float16, bfloat16, float32 or float64: features of each
-            example.
-        kernel: of the same dtypes, `D V` or, with `kernel_layout="vd"`, `V D`.
-        labels: `B...`, any integer dtype: class ids from 0 to `V - 1`. Or `B... V`,
-            floating: a distribution over classes, with `strategy` `"dense"` or
-            `"auto"` only.
-        bias: shape `(V,)`, floating, or None.
-        kernel_layout: `"dv"` for the kernel of a dense layer, `"vd"` for an embedding
-            table that is tied to the output. Neither is transposed in memory.
-        where: bool. Of shape `(V,)`: the classes that exist. Of shape `B...`: the
-            examples that count; a shape that is both means classes.
-        strategy: how to go through the logits.
-            `"tokens"`: chunks of examples, the gradient formed in the forward pass;
-            three matmuls for value and gradient. Needs `reduction` `"sum"` or
-            `"mean"`. Under `jax.checkpoint` the pass runs again.
-            `"recompute"`: chunks of examples, whose logits the backward pass computes
-            again; four matmuls, any reduction.
-            `"vocab"`: chunks of classes; four matmuls, any reduction, the smallest
-            memory for very many classes.
-            `"dense"`: all logits at once; three matmuls.
-            `"auto"`: `"dense"` if all logits fit the workspace or labels are
-            distributions; `"vocab"` if the logits of 64 examples do not (on one
-            device and inside `shard_map`: elsewhere its slices of a kernel that is
-            split over devices would be gathered); else, as for symbolic sizes of
-            `jax.export`, `"tokens"` for a sum or a mean, and `"recompute"` otherwise
-            or with `forward_mode`.
-        workspace_bytes: bounds what is held at once beyond the arguments, the result,
-            copies of `hidden` and the accumulators of the gradients (float32, of the
-            shapes of `hidden` and `kernel`), as far as one example or one class
-            fits. None takes a sixth of the logits, from 32 to 128 MiB, on a CPU, and
-            1 GiB elsewhere. Where `jax.export` leaves the number of examples or of
-            classes open, bytes cannot be counted: a chunk is a sixteenth of them.
-        weights: shape `B...`, floating, integer or bool: multiplies each example's loss
-            and enters the denominator of the mean; for weights of both signs take
-            `"sum"`, since theirs may be near 0. An example of weight 0 is left out, as
-            one with `ignore_index` is: the derivative by its weight is 0.
-        axis_name: inside `shard_map`, the mesh axis or axes over which the classes
-            are split, equally: fill up classes that do not divide, and mask them with
-            `where`. Labels are global ids; `kernel`, `bias`, `class_weights` and
-            `where` are the local part. With `check_vma=False`, in `pmap` and for the
-            axis of a `vmap` no gradient could be right, and it is refused.
-        forward_mode: register the same value and gradient so that `jax.jvp`,
-            `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
-        `ignore_index`, `class_weights`, `label_smoothing`, `z_loss`, `logit_softcap`,
-        `logit_scale`, `reduction`, `return_stats`: as in
-        `softmax_cross_entropy_with_integer_labels`.
-
-    Returns:
-        The loss in nats: `B...`, or a scalar if reduced; float64 if hidden or kernel
-        are, else float32. With `return_stats`, the pair `(loss, Stats)`.
-
-        The matmuls run in the dtype to which hidden and kernel promote and accumulate
-        in float32: 16-bit heads get float32 logits. So do the gradients, which are
-        rounded once to the dtype of their argument.
-
-    Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape or range, or a strategy cannot do
-            what is asked for.
-
-    Values:
-        As in `softmax_cross_entropy_with_integer_labels`.
-
-    Differentiation:
-        Reverse mode. Gradients by `hidden`, `kernel`, `bias`, `class_weights`,
-        `weights`, `logit_scale`, `label_smoothing` and `z_loss`; those that are not
-        asked for are not computed: a frozen kernel costs no matmul. Second
-        derivatives, `vmap`, `scan` and `jax.checkpoint` work as they are; forward
-        mode needs `forward_mode=True`.
-
-        Examples that do not count cost nothing in `"tokens"` and `"recompute"` on one
-        device and inside `shard_map`: chunks without any other are skipped.
-
-    Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import jaxlosses as jl
-        >>> hidden, embedding = jnp.eye(2, 4), jnp.eye(3, 4)
-        >>> labels = jnp.array([0, 2])
-        >>> loss = jl.linear_softmax_cross_entropy(
-        ...     hidden, embedding, labels, kernel_layout="vd", reduction="mean"
-        ... )
-        >>> print(f"{loss:.4f}")
-        1.0514
-
-    Source:
-        Wijmans et al. 2025, *Cut Your Losses in Large-Vocabulary Language Models*
-        (arXiv:2411.09009), for the classes in chunks; Hsu et al. 2024, *Liger Kernel*
-        (arXiv:2410.10989), for the gradient in the forward pass.
-    """
-    hidden = _checks.hidden(hidden)
-    batch, features = hidden.shape[:-1], hidden.shape[-1]
-    kernel = _checks.kernel(kernel, kernel_layout, features)
-    classes = classes_of(kernel_layout, kernel)
-    shape, axes = (*batch, classes), (len(batch),)
-    dense = _checks.is_distribution(labels)
-    if dense:
-        labels, ignored = _checks.dense_labels(labels, shape, axes, fused=True), None
-        _checks.no_ignore_index(ignore_index)
-    else:
-        labels, ignored = _checks.integer_labels(
-            labels, shape, axes, ignore_index, fused=True
-        )
-    masks = _checks.fused_where(where, classes, batch)
-    static, options = _options.check(
-        axes,
-        batch,
-        classes,
-        dense=dense,
-        ignored=ignored,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-        weights=weights,
-        reduction=reduction,
-        axis_name=axis_name,
-        forward_mode=forward_mode,
-        return_stats=return_stats,
-    )
-    _checks.split_over(static.axis_name, "kernel", kernel)
-    asked = _checks.strategy(strategy)
-    _checks.suits(asked, static.reduction, dense, static.forward_mode)
-    workspace = _checks.workspace_bytes(workspace_bytes)
-    head = Head(hidden, kernel, _checks.bias(bias, classes))
-    fused = _Fused(static, kernel_layout, asked, workspace)
-    return _loss(fused, _Arrays(head, labels, *masks, options))
-
-
 @dataclasses.dataclass(frozen=True)
-class _Fused:
+class Fused:
     """Everything that a compiled loss is specialised for, as the caller says it."""
 
     on_logits: Static
@@ -208,7 +42,7 @@ class _Fused:
     workspace: int | None
 
 
-class _Arrays(NamedTuple):
+class FusedArrays(NamedTuple):
     """What a fused loss reads."""
 
     head: Head
@@ -224,12 +58,12 @@ class _Arrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(static: _Fused, arrays: _Arrays) -> Result:
+def fused_loss(static: Fused, arrays: FusedArrays) -> Result:
     mesh = _sharding.explicit_mesh(arrays)
     return _run(static, arrays) if mesh is None else _by_hand(static, arrays, mesh)
 
 
-def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh | AbstractMesh) -> Result:
+def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> Result:
     """On a mesh of explicit axes: split as the types say, inside a `shard_map`.
 
     Examples stay as they are split. The classes stay where no axis of the examples
@@ -242,7 +76,7 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh | AbstractMesh) -> Resu
     split = _sharding.names(_sharding.split_of(kernel)[static.layout == "dv"])
     split = tuple(name for name in split if name not in over)
     every = (split or None,)
-    of_head, of_options, filled = _sharding.of_splits(Head, Options, _Arrays)
+    of_head, of_options, filled = _sharding.of_splits(Head, Options, FusedArrays)
     splits = filled(
         head=of_head(
             hidden=(*batch, None),
@@ -263,7 +97,7 @@ def _by_hand(static: _Fused, arrays: _Arrays, mesh: Mesh | AbstractMesh) -> Resu
     return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
 
-def _run(static: _Fused, arrays: _Arrays) -> Result:
+def _run(static: Fused, arrays: FusedArrays) -> Result:
     """The loss of arrays of which every axis may be cut, or none."""
     counted = _counted(static, arrays)
     if counted is not None:  # a NaN times a cotangent of zero would be NaN
@@ -290,7 +124,7 @@ def _run(static: _Fused, arrays: _Arrays) -> Result:
     return loss, jax.tree.map(lambda a: a.reshape(batch), stats)
 
 
-def _on_logits(static: _Fused, arrays: _Arrays) -> Result:
+def _on_logits(static: Fused, arrays: FusedArrays) -> Result:
     """The loss on all logits at once."""
     on_logits = static.on_logits
     rule = head.project if on_logits.forward_mode else head.logits
@@ -303,7 +137,7 @@ def _on_logits(static: _Fused, arrays: _Arrays) -> Result:
     return loss_on_logits(on_logits, given)
 
 
-def _flattened(arrays: _Arrays) -> _Arrays:
+def _flattened(arrays: FusedArrays) -> FusedArrays:
     """The same with one batch axis."""
     hidden, options = arrays.head.hidden, arrays.options
     labels, examples, weights = jax.tree.map(
@@ -317,7 +151,9 @@ def _flattened(arrays: _Arrays) -> _Arrays:
     )
 
 
-def _in_chunks(static: _Fused, way: choose.Way, plan: Plan, arrays: _Arrays) -> Losses:
+def _in_chunks(
+    static: Fused, way: choose.Way, plan: Plan, arrays: FusedArrays
+) -> Losses:
     """The loss by any strategy but the dense one."""
     on_logits, spec = static.on_logits, static.on_logits.spec
     options, dtype = arrays.options, arrays.dtype
@@ -366,7 +202,7 @@ def _loss_of_chunk(
     return _combine.losses(spec, inputs, found, coefficients, weighed, example)
 
 
-def _labels(static: _Fused, arrays: _Arrays) -> tuple[Labels, Example]:
+def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     """What is known of each example: for its statistics, and for its loss."""
     spec, dtype, options = static.on_logits.spec, arrays.dtype, arrays.options
     num_classes = classes_of(static.layout, arrays.head.kernel)
@@ -384,7 +220,7 @@ def _labels(static: _Fused, arrays: _Arrays) -> tuple[Labels, Example]:
     return Labels(ids, counted), Example(counted, label_weights, weights)
 
 
-def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
+def _counted(static: Fused, arrays: FusedArrays) -> Bool[Array, "*B"] | None:
     """Which examples count, or None for all of them."""
     masks = _options.not_ignored(static.on_logits, arrays.labels) + _masks(arrays)
     if arrays.where is not None:
@@ -393,7 +229,7 @@ def _counted(static: _Fused, arrays: _Arrays) -> Bool[Array, "*B"] | None:
     return _options.all_of(masks, arrays.head.hidden.shape[:-1])
 
 
-def _masks(arrays: _Arrays) -> list[Bool[Array, "*B"]]:
+def _masks(arrays: FusedArrays) -> list[Bool[Array, "*B"]]:
     """Masks of examples that the caller gave."""
     weights = arrays.options.weights
     masks = [] if arrays.examples is None else [arrays.examples]

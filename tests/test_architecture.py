@@ -40,6 +40,7 @@ LAYERS = [
     {"_backends.logits", "_backends.recompute"},
     {"_cross_entropy", "_softmax"},
     {"_linear"},
+    {"_linear_cross_entropy"},
     {"testing"},
     {"__main__"},
 ]
