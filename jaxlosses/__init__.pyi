@@ -9,21 +9,27 @@ from jaxlosses._backends.choose import Strategy
 from jaxlosses._backends.head import Layout
 from jaxlosses._combine import Reduction
 from jaxlosses._combine import Stats as Stats
+from jaxlosses._log_probs import softmax_entropy as softmax_entropy
 from jaxlosses._softmax import log_softmax as log_softmax
 from jaxlosses._softmax import softmax as softmax
 
 __version__: str
 
-class _Options(TypedDict, total=False):
+class _Transform(TypedDict, total=False):
+    logit_softcap: float | None
+    logit_scale: float | Array
+    axis_name: str | tuple[str, ...] | None
+    forward_mode: bool
+
+class _LogProbs(_Transform, total=False):
+    ignore_index: int | None
+
+class _Options(_Transform, total=False):
     class_weights: ArrayLike | None
     label_smoothing: float | Array
     z_loss: float | Array
-    logit_softcap: float | None
-    logit_scale: float | Array
     weights: ArrayLike | None
     reduction: Reduction
-    axis_name: str | tuple[str, ...] | None
-    forward_mode: bool
 
 class _OfIds(_Options, total=False):
     ignore_index: int | None
@@ -124,3 +130,33 @@ def linear_softmax_cross_entropy(
     return_stats: bool,
     **options: Unpack[_Fused],
 ) -> Array | tuple[Array, Stats]: ...
+@overload
+def softmax_log_probs(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[_LogProbs],
+) -> Array: ...
+@overload
+def softmax_log_probs(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[_LogProbs],
+) -> tuple[Array, Array]: ...
+@overload
+def softmax_log_probs(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_entropy: bool,
+    **options: Unpack[_LogProbs],
+) -> Array | tuple[Array, Array]: ...

@@ -53,10 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": _versions(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
         "accuracy": _accuracy(),
+        "entropy": _entropy(),
         "gradients": _gradients(),
         "timing": _timing(),
     }
-    holds = all(row["holds"] for row in report["accuracy"] + report["gradients"])
+    checked = report["accuracy"] + report["entropy"] + report["gradients"]
+    holds = all(row["holds"] for row in checked)
     print(json.dumps({**report, "holds": holds}) if as_json else _text(report, holds))
     return 0 if holds else 1
 
@@ -90,6 +92,59 @@ def _accuracy() -> Rows:
                 row |= {"optax loss": theirs[0], "optax gradient": theirs[1]}
             rows.append(row)
     return rows
+
+
+def _entropy() -> Rows:
+    """The same of the entropy, beside the two forms in which people write it.
+
+    A gradient's error is relative to the largest of its example.
+    """
+    forms = {"entropy": jl.softmax_entropy, "lse - Σ p z": _difference}
+    forms["-Σ p log p"] = _sum_of_logs
+    rows = []
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        bars = _bars(dtype)
+        row: dict[str, Any] = {"dtype": dtype, "bar": bars[0], "gradient bar": bars[1]}
+        logits, _ = _confident(_CLASSES[0], dtype)
+        want, want_gradient = _exact_entropy(_CLASSES[0], dtype)
+        size = np.abs(want_gradient).max(-1, keepdims=True)
+        for name, form in forms.items():
+
+            def both(z: jax.Array, form: Callable[..., Any] = form) -> Any:
+                value, pull = jax.vjp(form, z)
+                return value, *pull(jnp.ones_like(value))
+
+            with jax.enable_x64(dtype == "float64"):
+                value, gradient = jax.jit(both)(jnp.asarray(logits))
+            row[name] = _worst(value, want, want)
+            if name == "entropy":
+                row["gradient"] = _worst(
+                    gradient, want_gradient, np.broadcast_to(size, gradient.shape)
+                )
+        row["holds"] = row["entropy"] <= bars[0] and row["gradient"] <= bars[1]
+        rows.append(row)
+    return rows
+
+
+def _difference(z: jax.Array) -> jax.Array:
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jax.nn.softmax(z) * z, -1)
+
+
+def _sum_of_logs(z: jax.Array) -> jax.Array:
+    log_p = jax.nn.log_softmax(z.astype(jnp.promote_types(z.dtype, jnp.float32)))
+    return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+
+
+def _exact_entropy(num_classes: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The entropy and its gradient, in float64."""
+    z = _confident(num_classes, dtype)[0].astype(np.float64)
+    behind = z.max(-1, keepdims=True) - z
+    mass = np.exp(-behind)
+    excess = np.take_along_axis(_sum_of_others(mass), z.argmax(-1)[:, None], -1)
+    depth = (mass * behind).sum(-1, keepdims=True) / (1 + excess)
+    gradient = mass / (1 + excess) * (behind - depth)
+    return (np.log1p(excess) + depth)[:, 0], gradient
 
 
 def _bars(dtype: str) -> tuple[float, float]:
@@ -294,6 +349,10 @@ def _text(report: dict[str, Any], holds: bool) -> str:
         f"Worst relative error at margins from 0 to {_MARGINS[-1]:g} nats, against",
         "float64. A gradient's error is relative to the sum of its absolute terms.",
         _table(report["accuracy"]),
+        "",
+        "Entropy, at the same margins. A gradient's error is relative to the largest",
+        "of its example.",
+        _table(report["entropy"]),
         "",
         "Gradients: float64 and finite differences (jaxlosses.testing.check_loss)",
         _table(report["gradients"]),

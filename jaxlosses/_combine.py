@@ -81,10 +81,15 @@ class Coefficients(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The loss of each example, and its metrics if they are wanted."""
+    """The loss of each example, and its metrics and its entropy if they are wanted."""
 
-    loss: Float[Array, "*B"]
+    loss: Float[Array, "..."]
     stats: Stats | None
+    entropy: Float[Array, "*B"] | None = None
+
+    def result(self) -> Result:
+        """What a loss returns."""
+        return self.loss if self.stats is None else (self.loss, self.stats)
 
 
 class Masses(NamedTuple):
@@ -126,8 +131,9 @@ def losses(
     lse = statistics.lse(spec, inputs, found)
     terms = jax.tree.map(squeezed, Terms(lse, found.nll, found.smooth))
     loss = per_example(weighed, terms, example)
+    entropy = None if found.entropy is None else squeezed(found.entropy)
     if found.predicted is None:
-        return Losses(loss, None)
+        return Losses(loss, None, entropy)
     inputs, terms, coefficients = lax.stop_gradient((inputs, terms, coefficients))
     nll = terms.nll if plain_nll is None else squeezed(plain_nll)
     z_loss = jnp.zeros_like(nll)
@@ -137,10 +143,10 @@ def losses(
     correct = squeezed(correct if inputs.counted is None else correct & inputs.counted)
     stats = Stats(terms.lse, nll, z_loss, squeezed(found.predicted), correct)
     if example.weights is None:
-        return Losses(loss, stats)
+        return Losses(loss, stats, entropy)
     on = example.weights != 0
     stats = jax.tree.map(lambda a: jnp.where(on, a, jnp.zeros_like(a)), stats)
-    return Losses(loss, stats)
+    return Losses(loss, stats, entropy)
 
 
 def per_example(

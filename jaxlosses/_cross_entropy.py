@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from jaxlosses import _checks, _combine, _options, _rules, _sharding
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._checks import Given
-from jaxlosses._combine import Example, Reduction, Result
+from jaxlosses._combine import Example, Losses, Reduction, Result
 from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype, any_class, both
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static
@@ -263,7 +263,7 @@ class Arrays(NamedTuple):
     """What a loss on logits reads."""
 
     logits: Float[Array, "..."]
-    labels: Array
+    labels: Any
     where: Bool[Array, "..."] | None
     examples: Bool[Array, "*B"] | None
     options: Options
@@ -282,12 +282,12 @@ def _run(
     num_classes = math.prod(shape[axis] for axis in axes)
     static, checked = _options.check(axes, batch, num_classes, **options)
     _checks.split_over(static.axis_name, "logits", logits)
-    return loss_on_logits(static, Arrays(logits, labels, *masks, checked))
+    return loss_on_logits(static, Arrays(logits, labels, *masks, checked)).result()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_on_logits(static: Static, arrays: Arrays) -> Result:
-    """The loss of arguments that are checked; with metrics, if they are wanted."""
+def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
+    """The loss of arguments that are checked, and what is wanted beside it."""
     spec = static.spec
     mesh = _sharding.explicit_mesh(arrays)
     if mesh is not None:
@@ -313,8 +313,7 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Result:
     out = _combine.losses(
         spec, inputs, found, coefficients, weighed, example, plain_nll
     )
-    loss = _options.reduced(static, out.loss, masses)
-    return loss if out.stats is None else (loss, out.stats)
+    return _options.reduced(static, out, masses)
 
 
 def _statistics(spec: Spec, inputs: Inputs, forward_mode: bool = False) -> Statistics:

@@ -25,11 +25,11 @@ from jaxlosses._backends.head import (
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
-from jaxlosses._combine import Coefficients, Example, Losses, Result
+from jaxlosses._combine import Coefficients, Example, Losses
 from jaxlosses._cross_entropy import Arrays, loss_on_logits
 from jaxlosses._math.classes import Spec, accumulation_dtype, any_class
 from jaxlosses._options import Options, Static
-from jaxlosses._types import DType
+from jaxlosses._types import DType, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,13 @@ class FusedArrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def fused_loss(static: Fused, arrays: FusedArrays) -> Result:
+def fused_loss(static: Fused, arrays: FusedArrays) -> Losses:
+    """The loss, and what is wanted beside it."""
     mesh = _sharding.explicit_mesh(arrays)
     return _run(static, arrays) if mesh is None else _by_hand(static, arrays, mesh)
 
 
-def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> Result:
+def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> Losses:
     """On a mesh of explicit axes: split as the types say, inside a `shard_map`.
 
     Examples stay as they are split. The classes stay where no axis of the examples
@@ -92,12 +93,17 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> R
     # Inside a `shard_map` over other axes, the caller may have split the classes.
     part = on_logits.over((*on_logits.axis_name, *split), over)
     run = functools.partial(_run, dataclasses.replace(static, on_logits=part))
-    loss = P(*batch) if on_logits.reduction == "none" else P()
-    out_specs = (loss, P(*batch)) if on_logits.return_stats else loss
+    of_examples: Tree = P(*batch)
+    of_sum: Tree = P()
+    out_specs = Losses(
+        of_examples if on_logits.reduction == "none" else of_sum,
+        of_examples if on_logits.return_stats else None,
+        of_examples if on_logits.return_entropy else None,
+    )
     return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
 
-def _run(static: Fused, arrays: FusedArrays) -> Result:
+def _run(static: Fused, arrays: FusedArrays) -> Losses:
     """The loss of arrays of which every axis may be cut, or none."""
     counted = _counted(static, arrays)
     if counted is not None:  # a NaN times a cotangent of zero would be NaN
@@ -117,14 +123,13 @@ def _run(static: Fused, arrays: FusedArrays) -> Result:
         arrays = _flattened(arrays)
         on_logits = on_logits.of_rank(1)
     cut = dataclasses.replace(static, on_logits=on_logits)
-    loss, stats = _in_chunks(cut, way, plan, arrays)
-    loss = loss.reshape(batch) if on_logits.reduction == "none" else loss
-    if stats is None:
-        return loss
-    return loss, jax.tree.map(lambda a: a.reshape(batch), stats)
+    out = _in_chunks(cut, way, plan, arrays)
+    loss = out.loss.reshape(batch) if on_logits.reduction == "none" else out.loss
+    beside = jax.tree.map(lambda a: a.reshape(batch), (out.stats, out.entropy))
+    return Losses(loss, *beside)
 
 
-def _on_logits(static: Fused, arrays: FusedArrays) -> Result:
+def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
     """The loss on all logits at once."""
     on_logits = static.on_logits
     rule = head.project if on_logits.forward_mode else head.logits
@@ -183,7 +188,7 @@ def _in_chunks(
     out = _combine.losses(
         spec, inputs, head.expanded(spec, found), coefficients, weighed, example
     )
-    return out._replace(loss=_options.reduced(on_logits, out.loss, masses))
+    return _options.reduced(on_logits, out, masses)
 
 
 def _loss_of_chunk(
@@ -193,13 +198,14 @@ def _loss_of_chunk(
     rows: tuple[Array | None, Array | None],
     labels: Labels,
     exists: Bool[Array, " V"] | None,
-) -> Losses:
-    """Loss of each example of a chunk, from its logits."""
+) -> tuple[Array, Tree]:
+    """Loss of each example of a chunk, from its logits, and what else to keep."""
     class_weights, scale, coefficients, weighed = shared
     inputs = head.inputs_of(spec, z, labels, exists, class_weights, scale)
     found = _rules.statistics(OnLogits(spec), inputs)
     example = Example(labels.counted, *rows)
-    return _combine.losses(spec, inputs, found, coefficients, weighed, example)
+    out = _combine.losses(spec, inputs, found, coefficients, weighed, example)
+    return out.loss, out.stats
 
 
 def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:

@@ -172,4 +172,4 @@ def linear_softmax_cross_entropy(
     workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
     fused = Fused(static, kernel_layout, asked, workspace)
-    return fused_loss(fused, FusedArrays(head, labels, *masks, options))
+    return fused_loss(fused, FusedArrays(head, labels, *masks, options)).result()

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine
 from jaxlosses._checks import Given
-from jaxlosses._combine import Coefficients, Example, Masses, Reduction
+from jaxlosses._combine import Coefficients, Example, Losses, Masses, Reduction
 from jaxlosses._math.classes import Spec, count_of
 from jaxlosses._sharding import as_ids, shards_over
 from jaxlosses._types import DType, Shape, Size
@@ -31,6 +31,7 @@ class Static:
         forward_mode: which of the two rules.
         axis_name: mesh axes that split the classes.
         batch_axes: mesh axes that split the examples of a sum or mean.
+        return_entropy: whether that is a result, to be differentiated.
     """
 
     spec: Spec
@@ -39,6 +40,7 @@ class Static:
     forward_mode: bool
     axis_name: tuple[str, ...]
     batch_axes: tuple[str, ...] = ()
+    return_entropy: bool = False
 
     @property
     def return_stats(self) -> bool:
@@ -121,12 +123,42 @@ def check(
     return Static(spec, ignored, reduction, forward_mode, names), options
 
 
+def check_transform(
+    axes: tuple[int, ...],
+    batch: Shape,
+    num_classes: Size,
+    *,
+    dense: bool = False,
+    ignored: int | None = None,
+    return_entropy: Given,
+    **transform: Given,
+) -> tuple[Static, Options]:
+    """The same for a function of examples that has no option but those of logits."""
+    static, options = check(
+        axes,
+        batch,
+        num_classes,
+        dense=dense,
+        ignored=ignored,
+        class_weights=None,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        weights=None,
+        reduction="none",
+        return_stats=False,
+        **transform,
+    )
+    entropy = _checks.flag("return_entropy", return_entropy)
+    spec = dataclasses.replace(static.spec, entropy=entropy)
+    return dataclasses.replace(static, spec=spec, return_entropy=entropy), options
+
+
 # --- Which examples count.
 
 
-def not_ignored(static: Static, labels: Array) -> list[Bool[Array, "..."]]:
+def not_ignored(static: Static, labels: Array | None) -> list[Bool[Array, "..."]]:
     """The mask that `ignore_index` makes, if it makes one."""
-    if static.ignored is None:
+    if static.ignored is None or labels is None:
         return []
     # A value that the labels' dtype cannot hold is no label.
     info = jnp.iinfo(labels.dtype)
@@ -190,13 +222,13 @@ def masses_of(
     return lax.psum(masses, static.batch_axes) if static.batch_axes else masses
 
 
-def reduced(
-    static: Static, loss: Float[Array, "..."], masses: Masses | None
-) -> Float[Array, "..."]:
-    """Losses of examples as the caller wants them."""
+def reduced(static: Static, out: Losses, masses: Masses | None) -> Losses:
+    """Losses of examples, and what is beside them, as the caller wants them."""
+    if not static.return_entropy:
+        out = out._replace(entropy=None)
     if static.reduction == "none":
-        return loss
-    return over_batch(static, jnp.sum(loss), masses)
+        return out
+    return out._replace(loss=over_batch(static, jnp.sum(out.loss), masses))
 
 
 def over_batch(

@@ -50,7 +50,7 @@ class Backend(Protocol[Operands]):
 
         Args:
             operands: the arguments of `evaluate`.
-            kept: `peak`, `spread` and `nll` of its result.
+            kept: `peak`, `spread`, `nll` and `depth` of its result.
             cotangents: one per statistic.
             wanted: of the structure of the operands: which are differentiated.
             linear: stay linear in the cotangents, to be transposed.
@@ -66,7 +66,7 @@ class Wanted(tuple[bool, ...]):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass keeps: the operands, and three numbers per example.
+    """What the backward pass keeps: the operands, and a few numbers per example.
 
     Attributes:
         operands: the arguments themselves, which the caller holds anyway.
@@ -74,6 +74,7 @@ class Residuals(NamedTuple):
         peak: as in `Statistics`; 0 for NaN.
         spread: `lse - |scale| * peak`; 0 for NaN.
         nll: negative log-likelihood, for the entry at the label; `-inf` for NaN.
+        depth: as in `Statistics`; 0 for NaN.
     """
 
     operands: Tree
@@ -81,6 +82,7 @@ class Residuals(NamedTuple):
     peak: Values
     spread: Values
     nll: Values
+    depth: Values | None
 
 
 def statistics(
@@ -115,20 +117,23 @@ def _reverse_fwd(
     # An example of weight zero may have NaN statistics in a loss without a NaN, and
     # `jax_debug_nans` looks at residuals, too.
     numbers = kept(result.peak), kept(result.spread), kept(result.nll, -jnp.inf)
-    return result, Residuals(operands, wanted, *numbers)
+    depth = None if result.depth is None else kept(result.depth)
+    return result, Residuals(operands, wanted, *numbers, depth)
 
 
 def _reverse_bwd(
     backend: Backend[Operands], residuals: Residuals, g: Statistics
 ) -> tuple[Tree]:
-    operands, flags, peak, spread, nll = residuals
-    kept = Statistics(
-        peak, spread, jnp.where(nll == -jnp.inf, jnp.nan, nll), None, None
-    )
+    operands, flags, peak, spread, nll, depth = residuals
+    nll = jnp.where(nll == -jnp.inf, jnp.nan, nll)
+    kept = Statistics(peak, spread, nll, depth=depth)
     # What no loss depends on has a cotangent of zeros, not worth a pass.
     g_spread = _array(g.spread) if backend.spec.lse else None
     g_smooth = None if g.smooth is None else _array(g.smooth)
-    cotangents = Cotangents(g_spread, _array(g.nll), g_smooth)
+    # An entropy that is a metric alone costs none either.
+    is_metric = g.entropy is None or isinstance(g.entropy, SymbolicZero)
+    g_entropy = None if is_metric else g.entropy
+    cotangents = Cotangents(g_spread, _array(g.nll), g_smooth, g_entropy)
     wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
     return (_pullback(backend, operands, kept, cotangents, wanted, False),)
 
@@ -146,7 +151,7 @@ def _forward_jvp(
 ) -> tuple[Statistics, Tree]:
     (operands,), (d_operands,) = primals, tangents
     result = _forward(backend, operands)
-    kept = Statistics(result.peak, result.spread, result.nll, None, None)
+    kept = Statistics(*result[:3], depth=result.depth)
     # Checkpointed, so that reverse mode through the tangent keeps what the
     # custom_vjp keeps and rebuilds the probabilities.
     push = jax.checkpoint(_push, prevent_cse=False, static_argnums=(0,))
@@ -155,8 +160,12 @@ def _forward_jvp(
     if result.predicted is not None:
         # NumPy has no array of a symbolic size.
         d_predicted = SymbolicZero.from_primal_value(result.predicted)
+    d_depth = None if d.entropy is None else d.entropy - d.spread
     d_peak = jnp.zeros_like(result.peak)
-    return result, Statistics(d_peak, d.spread, d.nll, d.smooth, d_predicted)
+    d_result = Statistics(
+        d_peak, d.spread, d.nll, d.smooth, d_predicted, d.entropy, d_depth
+    )
+    return result, d_result
 
 
 # What is not differentiated must not become an array of zeros that is kept.
@@ -175,7 +184,10 @@ def _push(
         return [x for x in tree.flatten_up_to(d) if x is not None]
 
     like = kept.nll
-    example = Cotangents(like, like, like if backend.spec.smooth else None)
+    smooth, entropy = backend.spec.smooth, backend.spec.entropy
+    example = Cotangents(
+        like, like, like if smooth else None, like if entropy else None
+    )
     (d,) = jax.linear_transpose(pull, example)(jax.tree.leaves(d_operands))
     return d
 

@@ -39,6 +39,8 @@ TAKE_IDS: dict[str, Loss] = {
     **{f"fused, {strategy}": fused(strategy) for strategy in STRATEGIES},
 }
 LOSSES: dict[str, Loss] = {"dense": jl.softmax_cross_entropy, **TAKE_IDS}
+# Functions that also return an entropy, of logits and labels.
+LOG_PROBS: dict[str, Loss] = {"logits": jl.softmax_log_probs}
 
 
 # Which cases `make test` has

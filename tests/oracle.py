@@ -120,6 +120,39 @@ def gradients(
     return out
 
 
+@np.errstate(all="ignore")
+def entropy(
+    logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    cotangent: ArrayLike | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`-Σ_c p_c · log p_c` of each example, and gradients of `Σ cotangent · entropy`.
+
+    Options: `logit_softcap`, `logit_scale`. Keys: "entropy", "logits", "logit_scale",
+    and "largest", the largest size of a gradient by the logits of an example.
+    """
+    rows = _rows(logits, np.zeros(np.shape(logits)), axis, where, **options)
+    layout, counted = rows.layout, rows.counted
+    value = np.where(counted, _times(rows.p, rows.nll).sum(-1), 0)
+    g = _longdouble(1.0 if cotangent is None else cotangent)
+    g = np.broadcast_to(g.ravel(), counted.shape)
+    # A class of probability zero may be infinitely far behind.
+    depth = _times(rows.p, rows.behind).sum(-1)
+    dz = g[:, None] * _times(rows.p, rows.behind - depth[:, None])
+    kept = counted[:, None] & (rows.exists | rows.bad[:, None])
+    dz, capped = np.where(kept, dz, 0), np.where(rows.exists, rows.capped, 0)
+    largest = np.broadcast_to(abs(rows.slope * dz).max(-1)[:, None], dz.shape)
+    return {
+        "entropy": value.reshape(layout.batch).astype(np.float64),
+        "logits": layout.unrows(dz * rows.slope),
+        "largest": layout.unrows(largest),
+        "logit_scale": np.float64(_times(dz, capped).sum()),
+    }
+
+
 def mp_loss(
     logits: Row, label: int | Row, where: Row | None = None, **options: Any
 ) -> mp.mpf:
@@ -158,6 +191,19 @@ def mp_gradient(
             kept = [(1 - row.alpha) * row.w[j] * row.exists[j] for j in classes]
             out["labels"] = [kept[j] * nll[j] if kept[j] else 0 for j in classes]
         return out
+
+
+def mp_entropy(
+    logits: Row, where: Row | None = None, **options: Any
+) -> tuple[Any, list[Any]]:
+    """One row's `-Σ_c p_c · log p_c` and its gradient by the logits, at 100 digits."""
+    with mp.workdps(DIGITS):
+        row = _mp_row(logits, 0, where, **options)
+        p = [mp.exp(z - row.lse) for z in row.z]
+        terms = [(x, row.lse - z) for x, z in zip(p, row.z, strict=True)]
+        value = mp.fsum(x * nll for x, nll in terms if x)
+        dz = [x * (nll - value) if x else mp.mpf(0) for x, nll in terms]
+        return value, [d * slope for d, slope in zip(dz, row.slope, strict=True)]
 
 
 def confident_logits(
@@ -293,8 +339,9 @@ def _rows(
     return SimpleNamespace(
         layout=layout, ids_given=ids_given, exists=exists, bad=bad, counted=counted,
         counts=counts, weight=weight, class_weights=w, q=q, uniform=uniform,
-        alpha=alpha, z_loss=zeta, p=p, nll=nll, lse=lse, slope=slope, capped=capped,
-        loss=parts, pull=_sum_of_others(tau) * p, push=tau * not_p,
+        alpha=alpha, z_loss=zeta, p=p, nll=nll, behind=largest - z, lse=lse,
+        slope=slope, capped=capped, loss=parts,
+        pull=_sum_of_others(tau) * p, push=tau * not_p,
         weighted=np.where(counts, weight * parts, 0),
         denominator=(w * q).sum(-1) if weighs_class else np.ones_like(weight),
     )  # fmt: skip

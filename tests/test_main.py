@@ -32,6 +32,11 @@ def test_every_error_is_within_its_bar_on_one_device() -> None:
     assert plain["gradient"] <= plain["gradient bar"] == 1e-5
     # What the bar is for: at 80 nats the difference is 0.
     assert plain["optax loss"] == 1
+    entropy = {row["dtype"]: row for row in report["entropy"]}
+    assert entropy["float32"]["entropy"] <= 4e-6
+    # Zero or negative, and without the term of the largest class.
+    assert entropy["float32"]["lse - Σ p z"] >= 1
+    assert entropy["float32"]["-Σ p log p"] > 1e-2
     assert len(report["gradients"]) == 3
     assert all(row["comparisons"] >= 20 for row in report["gradients"])
     assert all(row["jaxlosses ms"] > 0 for row in report["timing"])

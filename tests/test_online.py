@@ -14,6 +14,7 @@ from tolerances import assert_loss
 import jaxlosses as jl
 from jaxlosses._math import online, statistics
 from jaxlosses._math.classes import Inputs, Spec
+from jaxlosses._math.statistics import Statistics
 
 # 701 classes are four slices, the last of which overlaps the one before.
 SIZES = [(1, 1), (7, 1), (203, 1), (701, 4)]
@@ -34,6 +35,22 @@ def test_every_digit_of_a_confident_example_is_right(
     logits, ids = oracle.confident_logits(rng, 23, classes, margin)
     value = jax.jit(functools.partial(nll, slices))(logits, ids)
     assert_loss(value, oracle.loss(logits, ids), "float32")
+
+
+@pytest.mark.parametrize(("classes", "slices"), SIZES)
+@pytest.mark.parametrize("margin", [0.0, 1.0, 20.0, 80.0])
+@pytest.mark.parametrize("ahead", [True, False, None])
+def test_every_digit_of_an_entropy_is_right(
+    classes: int, slices: int, margin: float, ahead: bool | None
+) -> None:
+    rng = np.random.default_rng(0)
+    logits, ids = oracle.confident_logits(rng, 23, classes, margin, scale=0.5)
+    ids = ids if ahead else (ids + 1) % classes
+    labels = None if ahead is None else jnp.asarray(ids)[:, None]
+    spec = Spec((1,), dense=labels is None, entropy=True)
+    run = jax.jit(functools.partial(online.evaluate, spec, slices=slices))
+    value = run(Inputs(jnp.asarray(logits), labels)).entropy
+    assert_loss(value[:, 0], oracle.entropy(logits)["entropy"], "float32")
 
 
 def merged(z: np.ndarray, order: np.ndarray, lanes: int) -> float:
@@ -81,7 +98,7 @@ def test_the_reduction_gives_what_two_reads_give() -> None:
     options: Any = itertools.product((False, True), (None, np.float32(-0.7)), (1, 4))
     for dense, scale, slices in options:
         labels = rng.random(z.shape).astype(np.float32) * (z > 0) if dense else ids
-        spec = Spec((1,), dense, None, True, True, True)
+        spec = Spec((1,), dense, None, True, True, True, True)
         weights = jnp.asarray(rng.random((1, 701)), jnp.float32)
         arrays = (z, labels, where, rng.random((37, 1)) < 0.9, weights, scale)
         inputs = jax.tree.map(jnp.asarray, Inputs(*arrays))
@@ -89,7 +106,7 @@ def test_the_reduction_gives_what_two_reads_give() -> None:
         two = jax.jit(functools.partial(statistics.evaluate, spec))(inputs)
         # Of a row with a NaN the peak is not asked for.
         rows = np.arange(37) != 3
-        for name in ("peak", "spread", "nll", "smooth", "predicted"):
+        for name in Statistics._fields:
             a, b = (np.asarray(getattr(x, name))[rows] for x in (found, two))
             np.testing.assert_allclose(a, b, rtol=5e-6, atol=4e-7, err_msg=name)
 

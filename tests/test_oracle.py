@@ -6,6 +6,7 @@ The chain: `mp_loss` is the definition, central differences of it certify
 """
 
 import ast
+import functools
 import math
 import pathlib
 from typing import Any
@@ -95,6 +96,31 @@ def differences(function: Any, x: np.ndarray) -> np.ndarray:
         near, far = at(step) - at(-step), at(2 * step) - at(-2 * step)
         out[i] = (8 * near - far) / (12 * step)
     return out
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("name", ["plain", "softcap", "scale", "where"])
+def test_entropy_and_its_gradient_are_those_of_mpmath(name: str, margin: float) -> None:
+    options = OPTIONS[name]
+    logits, _ = make_rows("id", margin, options)
+    found = oracle.entropy(logits, **(options | _mask_of_rows(options, logits)))
+    for i, row in enumerate(logits):
+        value, gradient = oracle.mp_entropy(row, **options)
+        assert_exact(found["entropy"][i], value)
+        assert_exact(found["logits"][i], gradient, found["largest"][i])
+    shifted = np.where(np.isfinite(logits), logits, 0.0)[0]
+    one = functools.partial(oracle.mp_entropy, **options)
+    slope = differences(lambda x: one(x)[0], shifted)
+    np.testing.assert_allclose(
+        slope, np.array(one(shifted)[1], float), rtol=0, atol=DIFFERENCES
+    )
+
+
+def _mask_of_rows(options: dict[str, Any], logits: np.ndarray) -> dict[str, Any]:
+    """A mask of one row as one of all of them."""
+    if "where" not in options:
+        return {}
+    return {"where": np.broadcast_to(np.array(options["where"]), logits.shape)}
 
 
 @pytest.mark.parametrize("margin", [0.0, 20.0, 80.0])

@@ -25,12 +25,13 @@ LOSSES = {
         "x, x, labels=x, bias=None, where=x, ignore_index=-100, strategy='tokens'"
     ),
 }
-RETURNS = {
-    "": "Array",
-    "return_stats=False": "Array",
-    "return_stats=True": "tuple[Array, Stats]",
-    "return_stats=flag": "Array | tuple[Array, Stats]",
+LOG_PROBS = {
+    "softmax_log_probs": "x, x, (0, 1), where=x, ignore_index=-100, logit_scale=2.0",
 }
+# What decides about the result, and what comes beside it.
+FLAGS = dict.fromkeys(LOSSES, ("return_stats", "Stats"))
+FLAGS |= dict.fromkeys(LOG_PROBS, ("return_entropy", "Array"))
+OVERLOADED = LOSSES | LOG_PROBS
 SNIPPET = """\
 from typing import assert_type
 import jaxlosses as jl
@@ -40,17 +41,26 @@ def check(x: Array, flag: bool) -> None:
 """
 
 
+def returns(flag: str, beside: str) -> list[tuple[str, str]]:
+    return [
+        ("", "Array"),
+        (f"{flag}=False", "Array"),
+        (f"{flag}=True", f"tuple[Array, {beside}]"),
+        (f"{flag}=flag", f"Array | tuple[Array, {beside}]"),
+    ]
+
+
 def test_a_type_checker_knows_a_loss_from_a_pair(tmp_path: pathlib.Path) -> None:
     checks = [
-        f"    assert_type(jl.{name}({arguments}, {flag}), {result})\n"
-        for name, arguments in LOSSES.items()
-        for flag, result in RETURNS.items()
+        f"    assert_type(jl.{name}({arguments}, {given}), {result})\n"
+        for name, arguments in OVERLOADED.items()
+        for given, result in returns(*FLAGS[name])
     ]
     # Strict mypy refuses a comment that no error needs.
     checks += [
         f"    jl.{name}({arguments}, {mistake})  # type: ignore[call-overload]\n"
-        for name, arguments in LOSSES.items()
-        for mistake in ("smoothing=0.1", "z_loss=None", "return_stats=None")
+        for name, arguments in OVERLOADED.items()
+        for mistake in ("smoothing=0.1", "axis_name=1", f"{FLAGS[name][0]}=None")
     ]
     path = tmp_path / "snippet.py"
     path.write_text(SNIPPET + "".join(checks), "utf-8")
@@ -82,13 +92,13 @@ def fields(name: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OVERLOADED)
 def test_overloads_take_what_the_loss_takes(name: str) -> None:
     (loss,) = ast.parse(inspect.getsource(getattr(jl, name))).body
     assert isinstance(loss, ast.FunctionDef)
     positional = annotated(loss.args.args)
     keywords = annotated(loss.args.kwonlyargs)
-    assert keywords.pop("return_stats") == "bool"
+    assert keywords.pop(FLAGS[name][0]) == "bool"
     overloads = [
         node.args
         for node in STUB.body
@@ -116,4 +126,4 @@ def test_a_type_checker_is_told_every_public_name() -> None:
         }
         for tree in (STUB, package)
     )
-    assert sorted([*told, *LOSSES]) == sorted(exported)
+    assert sorted([*told, *OVERLOADED]) == sorted(exported)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from jaxlosses._backends import cpu
 from jaxlosses._backends.chunks import Plan
 from jaxlosses._backends.head import Head, Layout, classes_of, compute_dtype
-from jaxlosses._math import online, statistics
+from jaxlosses._math import online, statistics, tails
 from jaxlosses._math.classes import (
     Inputs,
     Spec,
@@ -59,7 +59,7 @@ def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     """What turns logits into probabilities, `peak` and `spread`, likewise."""
 
     def on_cpu(inputs: Inputs) -> tuple[Values, Values]:
-        return statistics.normalize(spec, inputs)[1:]
+        return tails.peak_and_spread(statistics.normalize(spec, inputs)[1])
 
     return by_platform(on_cpu, functools.partial(online.normalizer, spec), inputs)
 
@@ -75,7 +75,8 @@ def _may_block(spec: Spec, inputs: Inputs) -> bool:
         return False
     if not are_numbers(*inputs.logits.shape):  # so many blocks, of so many rows
         return False
-    if spec.dense and inputs.labels.shape != inputs.logits.shape:
+    shape = None if inputs.labels is None else inputs.labels.shape
+    if spec.dense and shape not in (None, inputs.logits.shape):
         return False
     if spec.shards != Whole():  # every block would wait for its own collectives
         return False

@@ -17,8 +17,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
+from jaxlosses._backends import folds
 from jaxlosses._elementary import exp
-from jaxlosses._math import statistics
+from jaxlosses._math import statistics, tails
 from jaxlosses._math.classes import (
     Ids,
     Inputs,
@@ -32,6 +33,7 @@ from jaxlosses._math.classes import (
     total,
 )
 from jaxlosses._math.statistics import Partial, Reading, Statistics
+from jaxlosses._math.tails import Tail
 from jaxlosses._math.transform import gap_of, scaled, signed_of
 from jaxlosses._platform import in_memory, take
 from jaxlosses._types import Size, Tree
@@ -116,7 +118,7 @@ def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
         return out  # converted one by one: no reduction is fast
     # By a reduction: a comparison of columns would be made anew for each class of the
     # gradient (NOTES.md, "The peak of few classes by a reduction").
-    peak = statistics.proper(largest(spec, signed_of(inputs)[0]))
+    peak = tails.proper(largest(spec, signed_of(inputs)[0]))
     if inputs.counted is not None:
         peak = jnp.where(inputs.counted, peak, 0)
     return out._replace(peak=peak)
@@ -259,7 +261,8 @@ def _partial_of_block(
     at_label = is_label(spec, inputs)
     label = _gathered(inputs, signed, spec)
     others = jnp.where(at_label, -jnp.inf, signed)
-    return Partial(label, *_rivals_in_cache(spec, others, magnitude))
+    rival, mass, _ = _rivals_in_cache(spec, others, magnitude)
+    return Partial(label, rival, mass)
 
 
 def _partial_of_sample(
@@ -329,10 +332,19 @@ def _gathered(inputs: Inputs, a: Values, spec: Spec) -> Values:
     return jnp.where(inputs.labels < 0, -jnp.inf, found)
 
 
+def _tail_in_cache(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
+    """The tail of a block, by reductions that are fast on XLA:CPU."""
+    if not spec.entropy:
+        return tails.read(spec, signed, magnitude, _rivals_in_cache)
+    if signed.shape[1] < folds.FEWEST:
+        return statistics.PLAIN.tail(spec, signed, magnitude)
+    return folds.read(spec, signed, magnitude)
+
+
 def _rivals_in_cache(
     spec: Spec, others: Values, magnitude: Values | None
-) -> tuple[Values, Values]:
-    """The same of a block, by reductions that are fast on XLA:CPU."""
+) -> tuple[Values, Values, None]:
+    """The largest of some logits of a block, and the mass relative to it."""
     rows = _short_rows(others)
     rival = largest(spec, _each(rows, lambda a, _: jnp.max(a, 1)))
     base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
@@ -346,7 +358,7 @@ def _rivals_in_cache(
         # own exponentials, and would write ours to memory before they are summed.
         return jnp.sum(jnp.exp(scaled(gap, magnitude)), 1)
 
-    return rival, total(spec, _each(rows, mass))
+    return rival, total(spec, _each(rows, mass)), None
 
 
 def _short_rows(a: Values) -> list[tuple[Values, int]]:
@@ -375,6 +387,6 @@ def _each(
     return jnp.concatenate(found, 1)
 
 
-FEW = Reading(_partial_of_few, statistics.PLAIN.rivals)
-BLOCK = Reading(_partial_of_block, _rivals_in_cache)
-SAMPLE = Reading(_partial_of_sample, _rivals_in_cache)
+FEW = Reading(_partial_of_few, statistics.PLAIN.tail)
+BLOCK = Reading(_partial_of_block, _tail_in_cache)
+SAMPLE = Reading(_partial_of_sample, _tail_in_cache)

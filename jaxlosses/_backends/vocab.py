@@ -29,6 +29,7 @@ from jaxlosses._math.classes import (
     Inputs,
     Shaped,
     Spec,
+    Stacked,
     Uniform,
     Values,
     Whole,
@@ -71,7 +72,7 @@ class ByClasses:
 
         def body(so_far: Partial, i: Array) -> tuple[Partial, None]:
             both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, of(i))
-            merged = statistics.merge(spec, both, _Stacked(), whole)
+            merged = statistics.merge(spec, both, Stacked(), whole)
             return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
 
         start = _nothing(jax.eval_shape(of, pieces.ids[0]))
@@ -146,19 +147,6 @@ class ByClasses:
         return out
 
 
-class _Stacked(Whole):
-    """Two parts, along a first axis, in the place of parts on devices."""
-
-    def sum(self, a: Array) -> Array:
-        return jnp.sum(a, 0, keepdims=True)
-
-    def max(self, a: Array) -> Array:
-        return jnp.max(a, 0, keepdims=True)
-
-    def min(self, a: Array) -> Array:
-        return jnp.min(a, 0, keepdims=True)
-
-
 class _Piece(NamedTuple):
     """A chunk of classes, with its logits."""
 
@@ -227,6 +215,9 @@ def _nothing(like: Partial) -> Partial:
     out: Partial = zeros._replace(label=none, rival=none)
     if like.predicted is not None:
         out = out._replace(predicted=jnp.full_like(zeros.predicted, -1))
+    if like.tail is not None:
+        tail = zeros.tail._replace(peak=none, excess=jnp.full_like(none, -1))
+        out = out._replace(tail=tail)
     return out
 
 

@@ -8,6 +8,7 @@ classes `j`:
     nll    = spread + (m - z_y)                          integer label y
     nll    = sum_j t_j (spread + (m - z_j))              targets t_j = q_j w_j
     smooth = sum_j u_j (spread + (m - z_j))              u_j = w_j / number of classes
+    depth  = sum_j p_j (m - z_j)                p = softmax(z), entropy = spread + depth
 
 The mathematics knows no machine: how a row is read, cut into pieces or spread over
 devices is decided by backends, which hand in what they do in another way.
@@ -62,6 +63,20 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stacked(Whole):
+    """Parts along a first axis."""
+
+    def sum(self, a: Array) -> Array:
+        return jnp.sum(a, 0, keepdims=True)
+
+    def max(self, a: Array) -> Array:
+        return jnp.max(a, 0, keepdims=True)
+
+    def min(self, a: Array) -> Array:
+        return jnp.min(a, 0, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """What is static about a set of logit statistics.
 
@@ -72,6 +87,7 @@ class Spec:
         smooth: whether the smoothing statistic is wanted.
         lse: whether the cotangent of `lse` can be other than zero.
         predicted: whether the arg max is wanted.
+        entropy: whether the entropy is wanted.
         shards: how sums over classes come together where devices hold parts of them.
     """
 
@@ -81,6 +97,7 @@ class Spec:
     smooth: bool = False
     lse: bool = False
     predicted: bool = False
+    entropy: bool = False
     shards: Whole = Whole()
 
 
@@ -91,7 +108,7 @@ class Inputs(NamedTuple):
         logits: `B... V`, any floating dtype.
         labels: class ids of shape `K`, -1 for one that cannot be; or a distribution
             of the logits' shape, with batch axes of size 1 where it is shared; or
-            None for what needs no labels.
+            None for what needs no labels, with a spec of dense ones.
         where: classes that exist, of the logits' rank, or None for all.
         counted: examples that count, of shape `K`, or None for all.
         class_weights: of the logits' rank with batch axes of size 1, or None.

@@ -37,6 +37,7 @@ class Cotangents(NamedTuple):
     spread: Values | None
     nll: Values
     smooth: Values | None
+    entropy: Values | None = None
 
 
 class Gradients(NamedTuple):
@@ -65,6 +66,7 @@ def pullback(
     With `p = softmax(z)`, `T = sum t` and `U = sum u`, the entry of a logit is
 
         g_spread p_j + g_nll (T p_j - t_j) + g_smooth (U p_j - u_j)
+        + g_entropy p_j ((m - z_j) - depth)
 
     `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `p_j - 1` from
     `expm1`, so that nothing cancels for a confident example; the same for `u`.
@@ -72,7 +74,7 @@ def pullback(
     Args:
         spec: what is static.
         inputs: the arguments of `evaluate`.
-        statistics: its result; `peak`, `spread` and `nll` are used.
+        statistics: its result; `peak`, `spread`, `nll` and `depth` are used.
         cotangents: one per statistic.
         linear: stay linear in the cotangents, so that the function can be
             transposed. Otherwise an example whose cotangents are zero has gradient
@@ -85,7 +87,7 @@ def pullback(
             silent = silent if g is None else silent & (g == 0)
         inputs = inputs._replace(counted=both(inputs.counted, ~silent))
         statistics = counted_only(statistics, ~silent)
-    g_spread, g_nll, g_smooth = cotangents
+    g_spread, g_nll, g_smooth, g_entropy = cotangents
     peak, spread, nll = statistics.peak, statistics.spread, statistics.nll
     present = both(inputs.where, inputs.counted)
 
@@ -104,7 +106,9 @@ def pullback(
     g_nll = g_nll + g_nll * poison
 
     d_labels = d_class_weights = d_scale = None
-    if rest is None:
+    if inputs.labels is None:
+        d_z = poison * p if g_spread is None else (g_spread + poison) * p
+    elif rest is None:
         targets = targets_of(inputs, p.dtype)
         minus_rest = expm1(log_p)
         d_z = g_nll * (sum_of_others(spec, targets) * p + targets * minus_rest)
@@ -121,6 +125,10 @@ def pullback(
         if g_spread is not None:
             d_label, d_other = d_label + g_spread * exp(-nll), g_nll + g_spread
         d_z = jnp.where(at_label, d_label, (d_other * share) * weight)
+    if g_entropy is not None and statistics.depth is not None:
+        # Of probability zero is what underflows, and what is behind by infinity.
+        beyond = jnp.where(weight == 0, 0, -behind - statistics.depth)
+        d_z = d_z + ((g_entropy * share) * weight) * beyond
     if g_smooth is not None:
         u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
         d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)

@@ -2,35 +2,24 @@
 
 Of some classes are known their largest logit, and sums over the others relative to it.
 That of two sets of classes is merged without a second look at any logit, so that a row
-can be read in any order and by any number of lanes, once. With `1` the set of the
-larger top, and `d` what the other top is behind:
-
-    top    = top1
-    excess = excess1 + exp(-d) (1 + excess2)
-    slack  = slack1 + slack2 + share2 d
-
-One of the largest logits stays out of the excess, so nothing cancels in it however
-small it is. The recurrence is that of Milakov and Gimelshein 2018 (arXiv:1805.02867),
-made exact: class ids leave the label out, as `Partial` does; without them, differences
-are taken in twice the digits.
+can be read in any order and by any number of lanes, once; see `sets`. Class ids leave
+the label out, as `Partial` does; without them, differences are taken in twice the
+digits.
 """
 
-import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._elementary import log1p
-from jaxlosses._math import pairs
+from jaxlosses._math import sets, tails
 from jaxlosses._math.classes import (
-    Ids,
     Inputs,
     Mask,
     Spec,
+    Stacked,
     Values,
     Whole,
     accumulation_dtype,
@@ -41,67 +30,21 @@ from jaxlosses._math.classes import (
     targets_of,
     uniform_of,
 )
+from jaxlosses._math.sets import NOBODY, Label, Mean, Some
 from jaxlosses._math.statistics import (
     Partial,
     Statistics,
     counted_only,
     finish,
     merge,
-    proper,
+    with_entropy,
 )
-from jaxlosses._math.transform import lead_of, scaled, signed_of
+from jaxlosses._math.tails import Tail
+from jaxlosses._math.transform import signed_of
 from jaxlosses._types import Size, Tree, are_numbers
-
-_NOBODY = jnp.iinfo(jnp.int32).max
 
 # Classes of a tile, of which a slice of a row has a whole number.
 _TILE = 128
-
-
-class Mean(NamedTuple):
-    """What a distribution `t` over some classes adds up to.
-
-    Attributes:
-        slack: sum of `t_j` times what the classes are behind the top.
-        share: sum of `t_j`.
-    """
-
-    slack: Values
-    share: Values
-
-
-class Label(NamedTuple):
-    """What is known of the label, which the sums leave out; zeros where it is not.
-
-    Attributes:
-        logit: with the sign of the scale.
-        found: 1 if it exists, or None where every class does.
-        share: its `t_j`, or None.
-    """
-
-    logit: Values
-    found: Values | None
-    share: Values | None
-
-
-class Some(NamedTuple):
-    """What is known of some classes.
-
-    Attributes:
-        top: the largest logit, with the sign of the scale.
-        excess: sum of `exp` of what the others are behind it; -1 for no class at all.
-        label: of class ids, or None.
-        means: of distributions.
-        id: lowest id of the largest logit, or None.
-        magnitude: of the scale, or None for one.
-    """
-
-    top: Values
-    excess: Values
-    label: Label | None
-    means: tuple[Mean, ...]
-    id: Ids | None
-    magnitude: Values | None
 
 
 def evaluate(spec: Spec, inputs: Inputs, slices: int = 1) -> Statistics:
@@ -132,7 +75,9 @@ def evaluate(spec: Spec, inputs: Inputs, slices: int = 1) -> Statistics:
 def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     """`peak` and `spread`, as of `statistics.normalize`."""
     inputs = inputs._replace(labels=None)
-    return _peak_and_spread(_across(spec, _read(spec, inputs, None)))
+    return tails.peak_and_spread(
+        sets.tail_of(sets.across(spec, _read(spec, inputs, None)))
+    )
 
 
 def partial(spec: Spec, inputs: Inputs, uniform: Values | None) -> Partial:
@@ -141,25 +86,24 @@ def partial(spec: Spec, inputs: Inputs, uniform: Values | None) -> Partial:
 
 
 def _of_distributions(spec: Spec, inputs: Inputs, uniform: Values | None) -> Statistics:
-    some = _across(spec, _read(spec, inputs, uniform))
-    peak, spread = _peak_and_spread(some)
+    some = sets.across(spec, _read(spec, inputs, uniform))
+    peak, spread = tails.peak_and_spread(sets.tail_of(some))
     # With targets of zero, no term is left in which a NaN of the logits shows.
-    nll, *others = (
-        jnp.where(jnp.isnan(spread), spread, mean.slack + _times(mean.share, spread))
+    means = [
+        jnp.where(
+            jnp.isnan(spread), spread, mean.slack + sets.times(mean.share, spread)
+        )
         for mean in some.means
-    )
+    ]
+    if inputs.labels is None:
+        means.insert(0, jnp.where(jnp.isnan(spread), spread, 0))
+    nll, *others = means
     predicted = some.id
     if predicted is not None:
         predicted = jnp.where(jnp.isnan(spread), -1, predicted)
     smooth = others[0] if others else None
-    statistics = Statistics(peak, spread, nll, smooth, predicted)
-    return counted_only(statistics, inputs.counted)
-
-
-def _peak_and_spread(some: Some) -> tuple[Values, Values]:
-    # A NaN is larger than no logit, but it is in the sum.
-    peak = proper(jnp.where(some.excess >= 0, some.top, jnp.nan))
-    return peak, jnp.where(jnp.isnan(peak), peak, log1p(some.excess))
+    found = Statistics(peak, spread, nll, smooth, predicted)
+    return counted_only(with_entropy(found, sets.tail_of(some)), inputs.counted)
 
 
 def _partial(spec: Spec, inputs: Inputs, some: Some) -> Partial:
@@ -170,18 +114,28 @@ def _partial(spec: Spec, inputs: Inputs, some: Some) -> Partial:
     at_label = jnp.where(here, label.logit, -jnp.inf)
     rival = jnp.where(some.excess < 0, -jnp.inf, some.top)
     part = Partial(at_label, rival, 1 + some.excess)
+    if some.depth is not None:
+        alone = jnp.where(at_label == -jnp.inf, -1, 0 * at_label)
+        of_label = Tail(at_label, alone, jnp.zeros_like(alone))
+        others = sets.tail_of(some)._replace(peak=rival)
+        both = jax.tree.map(lambda *pair: jnp.stack(pair), others, of_label)
+        magnitude = jax.tree.map(lambda a: a[None], some.magnitude)
+        both = tails.merge(spec, both, Stacked(), magnitude)
+        part = part._replace(tail=jax.tree.map(lambda a: jnp.squeeze(a, 0), both))
     if label.share is not None:
         (mean,) = some.means
         peak = jnp.maximum(at_label, rival)
-        moved = _behind(spec, peak, some.top, some.magnitude, exact=False)[0]
-        own = _behind(spec, peak, label.logit, some.magnitude, exact=False)[0]
-        slack = mean.slack + _times(mean.share, moved) + _times(label.share, own)
+        moved = sets.steps(spec, peak, some.top, some.magnitude, exact=False)[0]
+        own = sets.steps(spec, peak, label.logit, some.magnitude, exact=False)[0]
+        slack = (
+            mean.slack + sets.times(mean.share, moved) + sets.times(label.share, own)
+        )
         part = part._replace(slack=slack, share=mean.share + label.share)
     if some.id is not None:
-        own = jnp.where(here, inputs.labels, _NOBODY)
+        own = jnp.where(here, inputs.labels, NOBODY)
         lowest = jnp.where(at_label > rival, own, some.id)
         lowest = jnp.where(at_label == rival, jnp.minimum(some.id, own), lowest)
-        lowest = jnp.where(lowest == _NOBODY, -1, lowest)
+        lowest = jnp.where(lowest == NOBODY, -1, lowest)
         part = part._replace(predicted=lowest)
     return part
 
@@ -193,12 +147,12 @@ def _read(spec: Spec, inputs: Inputs, uniform: Values | None, slices: int = 1) -
         some = _each(spec, inputs, uniform)
     else:
         cut = _slices(spec, inputs, uniform, slices)
-        some = _together(spec, [_each(spec, *part) for part in cut])
+        some = sets.together(spec, [_each(spec, *part) for part in cut])
     leaves, tree = jax.tree.flatten(some)
-    nothing = jax.tree.leaves(_nothing(some))
+    nothing = jax.tree.leaves(sets.nothing(some))
 
     def both(a: list[Array], b: list[Array]) -> list[Array]:
-        merged = _merge(
+        merged = sets.merge(
             spec, jax.tree.unflatten(tree, a), jax.tree.unflatten(tree, b), exact
         )
         return jax.tree.leaves(merged)
@@ -281,118 +235,15 @@ def _each(
 
     # What is left out has ids as well: they count only where nothing else does.
     ids = ids_of_classes(spec, shape) + start if spec.predicted else None
+    excess = jnp.where(left_out, -1, 0).astype(dtype)
     some = Some(
         jnp.where(left_out, jnp.finfo(dtype).min, signed),
-        jnp.where(left_out, -1, 0).astype(dtype),
+        excess,
+        excess if spec.entropy and label is not None else None,
+        jnp.zeros_like(signed) if spec.entropy else None,
         label,
         tuple(map(alone, distributions)),
         ids,
         magnitude,
     )
     return jax.tree.map(lambda a: jnp.broadcast_to(a, shape), some)
-
-
-def _nothing(like: Some) -> Some:
-    """What is known of no class, in scalars of the dtypes of another one."""
-    zeros = jax.tree.map(lambda a: jnp.zeros((), a.dtype), like)
-    return zeros._replace(
-        top=jnp.full_like(zeros.top, jnp.finfo(zeros.top.dtype).min),
-        excess=jnp.full_like(zeros.excess, -1),
-        id=None if like.id is None else jnp.full_like(zeros.id, _NOBODY),
-    )
-
-
-def _merge(spec: Spec, a: Some, b: Some, exact: bool) -> Some:
-    """What is known of two sets of classes together, by one exponential."""
-    a_leads = a.top >= b.top
-
-    def larger(x: Array, y: Array) -> Array:
-        return lax.select(a_leads, x, y)
-
-    top = larger(a.top, b.top)
-    magnitude = jax.tree.map(lax.max, a.magnitude, b.magnitude)
-    behind, ratio = _behind(spec, top, larger(b.top, a.top), magnitude, exact)
-    excess = larger(a.excess, b.excess) + ratio * (1 + larger(b.excess, a.excess))
-
-    def together(x: Mean, y: Mean) -> Mean:
-        moved = _times(larger(y.share, x.share), behind)
-        return Mean(x.slack + y.slack + moved, x.share + y.share)
-
-    lowest = None
-    if a.id is not None and b.id is not None:
-        lowest = lax.select(a.top == b.top, lax.min(a.id, b.id), larger(a.id, b.id))
-    label = jax.tree.map(lax.add, a.label, b.label)
-    means = tuple(map(together, a.means, b.means))
-    return Some(top, excess, label, means, lowest, magnitude)
-
-
-def _together(spec: Spec, parts: list[Some]) -> Some:
-    """What is known of several sets together, where nothing is left out but labels."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    top = functools.reduce(jnp.maximum, (part.top for part in parts))
-    magnitude = first.magnitude
-    moved = [_behind(spec, top, p.top, magnitude, exact=False) for p in parts]
-    masses = (r * (1 + p.excess) for p, (_, r) in zip(parts, moved, strict=True))
-    mass = functools.reduce(jnp.add, masses)
-
-    def mean(*means: Mean) -> Mean:
-        slacks = (
-            m.slack + _times(m.share, behind)
-            for m, (behind, _) in zip(means, moved, strict=True)
-        )
-        slack = functools.reduce(jnp.add, slacks)
-        return Mean(slack, functools.reduce(jnp.add, (m.share for m in means)))
-
-    lowest = None
-    if first.id is not None:
-        ids = (
-            jnp.where(p.top == top, p.id, _NOBODY) for p in parts if p.id is not None
-        )
-        lowest = functools.reduce(jnp.minimum, ids)
-    label = jax.tree.map(lambda *a: sum(a), *(p.label for p in parts))
-    means = tuple(map(mean, *(p.means for p in parts)))
-    return Some(top, mass - 1, label, means, lowest, magnitude)
-
-
-def _across(spec: Spec, some: Some) -> Some:
-    """What is known of all classes, where devices hold parts of them."""
-    shards = spec.shards
-    if shards == Whole():
-        return some
-    top = shards.max(some.top)
-    behind, ratio = _behind(spec, top, some.top, some.magnitude, exact=True)
-    # Each leaves out one of its largest; of those at the top, one stays out.
-    is_top = (some.top == top) & (some.excess >= 0)
-    ties = shards.sum(is_top.astype(top.dtype))
-    beyond = jnp.where(is_top, some.excess, ratio * (1 + some.excess))
-    means = tuple(
-        Mean(shards.sum(x.slack + _times(x.share, behind)), shards.sum(x.share))
-        for x in some.means
-    )
-    lowest = some.id
-    if lowest is not None:
-        lowest = shards.min(jnp.where(is_top, lowest, _NOBODY))
-    excess = shards.sum(beyond) + (ties - 1)
-    return Some(top, excess, None, means, lowest, some.magnitude)
-
-
-def _behind(
-    spec: Spec, top: Values, other: Values, magnitude: Values | None, exact: bool
-) -> tuple[Values, Values]:
-    """How far a logit is behind a larger one, and `exp` of that.
-
-    Rounded, a difference of 80 nats is an error of 4e-6 of its exponential.
-    """
-    if spec.softcap is None and not exact:
-        gap = scaled(other - top, magnitude)
-        return -gap, lax.exp(gap)
-    gap, low = pairs.add_to_larger(*lead_of(spec, other, top, magnitude))
-    low = jnp.where(jnp.isfinite(low), low, 0)
-    return -gap, lax.exp(gap) * (1 + low)
-
-
-def _times(share: Values, behind: Values) -> Values:
-    """Their product, with `0 * inf = 0`."""
-    return jnp.where(share == 0, 0, share * behind)

@@ -9,14 +9,16 @@ How a row is read is a `Reading`; parts of the classes, read one after the other
 several devices, are merged.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxlosses._elementary import exp, log1p
-from jaxlosses._math import softcap
+from jaxlosses._math import softcap, tails
 from jaxlosses._math.classes import (
     Ids,
     Inputs,
@@ -36,6 +38,7 @@ from jaxlosses._math.classes import (
     uniform_of,
 )
 from jaxlosses._math.pairs import Pair
+from jaxlosses._math.tails import Tail
 from jaxlosses._math.transform import (
     exp_of_sum,
     gap_of,
@@ -51,14 +54,17 @@ class Statistics(NamedTuple):
 
     `peak` is the largest logit, or for a sample one near it, before cap and scale. It
     is taken for constant: the derivative of `lse = |scale| * cap(peak) + spread` is
-    carried by `spread`. Examples that do not count have zeros.
+    carried by `spread`. So it is with `depth`, which only the gradient of the entropy
+    needs. Without labels `nll` is 0. Examples that do not count have zeros.
     """
 
     peak: Values
     spread: Values
     nll: Values
-    smooth: Values | None
-    predicted: Ids | None
+    smooth: Values | None = None
+    predicted: Ids | None = None
+    entropy: Values | None = None
+    depth: Values | None = None
 
 
 class Partial(NamedTuple):
@@ -74,6 +80,7 @@ class Partial(NamedTuple):
             `label` and `rival`, likewise; or None.
         share: sum of `u_j`, or None.
         predicted: lowest id of the largest logit, or None.
+        tail: what the entropy needs of all of them, or None.
     """
 
     label: Values
@@ -82,6 +89,7 @@ class Partial(NamedTuple):
     slack: Values | None = None
     share: Values | None = None
     predicted: Ids | None = None
+    tail: Tail | None = None
 
 
 class Reading(NamedTuple):
@@ -90,11 +98,11 @@ class Reading(NamedTuple):
     Attributes:
         partial: the label's logit, the largest of the others, and their mass, from
             the inputs, their signed logits and the magnitude of the scale.
-        rivals: of some signed logits, the largest and the mass relative to it.
+        tail: of all signed logits, given the magnitude of the scale.
     """
 
     partial: Callable[[Spec, Inputs, Values, Values | None], Partial]
-    rivals: Callable[[Spec, Values, Values | None], tuple[Values, Values]]
+    tail: Callable[[Spec, Values, Values | None], Tail]
 
 
 def _partial(
@@ -103,7 +111,8 @@ def _partial(
     """The label's logit, and its rivals."""
     at_label = is_label(spec, inputs)
     label = _at_label(spec, inputs, signed, at_label)
-    rival, mass = _rivals(spec, jnp.where(at_label, -jnp.inf, signed), magnitude)
+    others = jnp.where(at_label, -jnp.inf, signed)
+    rival, mass, _ = _rivals(spec, others, magnitude)
     return Partial(label, rival, mass)
 
 
@@ -117,71 +126,80 @@ def _at_label(spec: Spec, inputs: Inputs, a: Values, at_label: Mask) -> Values:
 
 def _rivals(
     spec: Spec, others: Values, magnitude: Values | None
-) -> tuple[Values, Values]:
+) -> tuple[Values, Values, Values | None]:
     """The largest of some logits, and their sum of `exp` relative to it."""
     rival = largest(spec, others)
     # Without any, -inf - (-inf) would be NaN.
     gap = gap_of(spec, others, jnp.where(rival == -jnp.inf, 0, rival))
-    return rival, total(spec, exp(scaled(gap, magnitude)))
+    gap = scaled(gap, magnitude)
+    terms = exp(gap)
+    depth = total(spec, tails.times_depth(terms, gap)) if spec.entropy else None
+    return rival, total(spec, terms), depth
 
 
-PLAIN = Reading(_partial, _rivals)
+PLAIN = Reading(_partial, functools.partial(tails.read, rivals=_rivals))
 
 
 def normalize(
     spec: Spec, inputs: Inputs, reading: Reading = PLAIN
-) -> tuple[Values, Values, Values]:
+) -> tuple[Values, Tail]:
     """What turns logits into probabilities: `log p = gap - spread`.
 
-    With `r` the largest logit below the peak `m`, `S = sum_{z_j < m} exp(z_j - r)` and
-    `n` logits at the peak, `spread = log1p(n - 1 + S exp(r - m))`.
-
     Returns:
-        `gap = z - m`, of the logits' shape, `-inf` for a masked class; `peak`, before
-        the cap and the magnitude of the scale; and `spread`.
+        `gap = z - m`, of the logits' shape, `-inf` for a masked class; and the tail of
+        all classes, of which `tails.spread_of` is the spread.
     """
     signed, magnitude = signed_of(inputs)
-    peak = proper(largest(spec, signed))
-    top = signed == peak
-    others = jnp.where(top, -jnp.inf, signed)
-    rival, mass = reading.rivals(spec, others, magnitude)
-    ratio = exp_of_sum(lead_of(spec, rival, peak, magnitude))
-    ties = total(spec, jnp.where(top, 1, 0).astype(mass.dtype))
-    # The mass joins last: added to the count of ties, its digits would be lost.
-    spread = log1p((ties - 1) + mass * ratio)
-    spread = jnp.where(ties == 0, peak, spread)
-    return scaled(gap_of(spec, signed, peak), magnitude), peak, spread
+    tail = reading.tail(spec, signed, magnitude)
+    peak = tails.proper(tail.peak)
+    return scaled(gap_of(spec, signed, peak), magnitude), tail._replace(peak=peak)
 
 
 def evaluate(spec: Spec, inputs: Inputs, reading: Reading = PLAIN) -> Statistics:
     """Statistics of every example: two reads of the logits, no second array."""
     smooth = predicted = None
     if spec.dense:
-        gap, peak, spread = normalize(spec, inputs, reading)
-        nll = expected(spec, targets_of(inputs, gap.dtype), spread - gap)
+        gap, tail = normalize(spec, inputs, reading)
+        peak, spread = tails.peak_and_spread(tail)
+        nll = jnp.zeros_like(spread)
+        if inputs.labels is not None:
+            nll = expected(spec, targets_of(inputs, gap.dtype), spread - gap)
         # With targets of zero, no term is left in which a NaN of the logits shows.
         nll = jnp.where(jnp.isnan(spread), spread, nll)
+        found = with_entropy(Statistics(peak, spread, nll), tail)
     else:
-        gap, peak, spread, nll = _against_label(spec, inputs, reading)
+        gap, found = _against_label(spec, inputs, reading)
+    peak, spread = found.peak, found.spread
     if spec.smooth:
         target = uniform_of(spec, inputs, gap.dtype).target
         smooth = expected(spec, target, spread - gap)
     if spec.predicted:
         at_peak = signed_of(inputs)[0] == peak
         predicted = jnp.where(jnp.isnan(spread), -1, first(spec, at_peak))
-    statistics = Statistics(peak, spread, nll, smooth, predicted)
-    return counted_only(statistics, inputs.counted)
+    found = found._replace(smooth=smooth, predicted=predicted)
+    return counted_only(found, inputs.counted)
 
 
 def _against_label(
     spec: Spec, inputs: Inputs, reading: Reading
-) -> tuple[Values, Values, Values, Values]:
-    """`gap`, `peak`, `spread` and `nll`, from the label's logit and its rivals."""
+) -> tuple[Values, Statistics]:
+    """`gap`, and statistics from the label's logit and its rivals."""
     signed, magnitude = signed_of(inputs)
     part = reading.partial(spec, inputs, signed, magnitude)
-    peak, spread, nll = _finish(spec, part, magnitude)
-    nll = jnp.where(has_label(spec, inputs), nll, jnp.nan)
-    return scaled(gap_of(spec, signed, peak), magnitude), peak, spread, nll
+    if spec.entropy:
+        part = part._replace(tail=reading.tail(spec, signed, magnitude))
+    found = _finish(spec, part, magnitude, has_label(spec, inputs))
+    return scaled(gap_of(spec, signed, found.peak), magnitude), found
+
+
+def with_entropy(found: Statistics, tail: Tail) -> Statistics:
+    """The same with the entropy, if it is wanted: two terms of one sign."""
+    depth = tails.depth_of(tail)
+    if depth is None:
+        return found
+    # Where the label cannot be, all is NaN.
+    depth = jnp.where(jnp.isnan(found.nll), jnp.nan, depth)
+    return found._replace(entropy=found.spread + depth, depth=depth)
 
 
 def partial(
@@ -198,14 +216,16 @@ def partial(
     signed, magnitude = signed_of(inputs)
     part = reading.partial(spec, inputs, signed, magnitude)
     peak = jnp.maximum(part.label, part.rival)
-    slack = share = predicted = None
+    slack = share = predicted = tail = None
+    if spec.entropy:
+        tail = reading.tail(spec, signed, magnitude)
     if uniform is not None:
         base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
         slack = expected(spec, uniform, -scaled(gap_of(spec, signed, base), magnitude))
         share = total(spec, uniform)
     if spec.predicted:
         predicted = first(spec, signed == peak)
-    return part._replace(slack=slack, share=share, predicted=predicted)
+    return Partial(*part[:3], slack, share, predicted, tail)
 
 
 def merge(spec: Spec, part: Partial, parts: Whole, inputs: Inputs) -> Partial:
@@ -244,29 +264,31 @@ def merge(spec: Spec, part: Partial, parts: Whole, inputs: Inputs) -> Partial:
         nobody = jnp.iinfo(part.predicted.dtype).max
         predicted = parts.min(jnp.where(found, part.predicted, nobody))
         predicted = jnp.where(predicted == nobody, -1, predicted)
-    return Partial(label, rival, mass, slack, share, predicted)
+    tail = part.tail
+    if tail is not None:
+        tail = tails.merge(spec, tail, parts, magnitude)
+    return Partial(label, rival, mass, slack, share, predicted, tail)
 
 
 def finish(spec: Spec, part: Partial, inputs: Inputs) -> Statistics:
     """Statistics from what is known of all classes; `inputs.logits` is not read."""
     magnitude = None if inputs.scale is None else magnitude_of(inputs.scale)
-    peak, spread, nll = _finish(spec, part, magnitude)
-    nll = jnp.where(inputs.labels >= 0, nll, jnp.nan)
-    smooth = None
+    found = _finish(spec, part, magnitude, inputs.labels >= 0)
+    spread, smooth = found.spread, None
     if part.slack is not None and part.share is not None:
         smooth = part.slack + jnp.where(part.share == 0, 0, part.share * spread)
         smooth = jnp.where(jnp.isnan(spread), spread, smooth)
     predicted = part.predicted
     if predicted is not None:
         predicted = jnp.where(jnp.isnan(spread), -1, predicted)
-    statistics = Statistics(peak, spread, nll, smooth, predicted)
-    return counted_only(statistics, inputs.counted)
+    found = found._replace(smooth=smooth, predicted=predicted)
+    return counted_only(found, inputs.counted)
 
 
 def _finish(
-    spec: Spec, part: Partial, magnitude: Values | None
-) -> tuple[Values, Values, Values]:
-    """`peak`, `spread` and `nll`.
+    spec: Spec, part: Partial, magnitude: Values | None, is_label: Mask
+) -> Statistics:
+    """What follows from the label's logit, its rivals and the tail.
 
     With `r` the largest of the other logits and `S = sum_{j != y} exp(z_j - r)`,
 
@@ -276,13 +298,19 @@ def _finish(
     `S` is at least one, so nothing underflows, and every term is non-negative.
     """
     label, rival, mass = part.label, part.rival, part.mass
-    peak = proper(jnp.maximum(label, rival))
+    peak = tails.proper(jnp.maximum(label, rival))
     lead = lead_of(spec, label, rival, magnitude)
     ahead = lead.high >= 0
     ratio = exp_of_sum(Pair(*(jnp.where(ahead, -a, a) for a in lead)))
     excess = jnp.where(ahead, mass * ratio, (mass - 1) + ratio)
     spread = log1p(jnp.where(jnp.isnan(peak), peak, excess))
-    return peak, spread, spread - jnp.minimum(lead.high + lead.low, 0)
+    nll = spread - jnp.minimum(lead.high + lead.low, 0)
+    nll = jnp.where(is_label, nll, jnp.nan)
+    if part.tail is None:
+        return Statistics(peak, spread, nll)
+    # The rival of a sample may be far below the peak, and `S - 1` has few digits.
+    peak, spread = tails.peak_and_spread(part.tail)
+    return with_entropy(Statistics(peak, spread, nll), part.tail)
 
 
 def lse(spec: Spec, inputs: Inputs, statistics: Statistics) -> Values:
@@ -299,13 +327,8 @@ def lse(spec: Spec, inputs: Inputs, statistics: Statistics) -> Values:
 
 
 def counted_only(statistics: Statistics, counted: Mask | None) -> Statistics:
-    """Zeros for what does not count."""
-    peak, spread, nll, smooth, predicted = statistics
-    peak, spread, nll = (masked(counted, a) for a in (peak, spread, nll))
-    smooth = None if smooth is None else masked(counted, smooth)
-    return Statistics(peak, spread, nll, smooth, predicted)
-
-
-def proper(peak: Values) -> Values:
-    """NaN for a peak of `+inf`, and where every class has probability zero."""
-    return jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+    """Zeros for what does not count; an arg max is left as it is."""
+    kept = jax.tree.map(
+        lambda a: masked(counted, a), statistics._replace(predicted=None)
+    )
+    return kept._replace(predicted=statistics.predicted)
