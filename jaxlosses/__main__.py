@@ -99,8 +99,11 @@ def _entropy() -> Rows:
 
     A gradient's error is relative to the largest of its example.
     """
-    forms = {"entropy": jl.softmax_entropy, "lse - Σ p z": _difference}
-    forms["-Σ p log p"] = _sum_of_logs
+    forms: dict[str, Callable[..., Any]] = {
+        "entropy": jl.softmax_entropy,
+        "lse - Σ p z": _difference,
+        "-Σ p log p": _sum_of_logs,
+    }
     rows = []
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         bars = _bars(dtype)
@@ -127,13 +130,17 @@ def _entropy() -> Rows:
 
 
 def _difference(z: jax.Array) -> jax.Array:
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    z = _accumulated(z)
     return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jax.nn.softmax(z) * z, -1)
 
 
 def _sum_of_logs(z: jax.Array) -> jax.Array:
-    log_p = jax.nn.log_softmax(z.astype(jnp.promote_types(z.dtype, jnp.float32)))
+    log_p = jax.nn.log_softmax(_accumulated(z))
     return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+
+
+def _accumulated(z: jax.Array) -> jax.Array:
+    return z.astype(jnp.float64 if z.dtype == jnp.float64 else jnp.float32)
 
 
 def _exact_entropy(num_classes: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
