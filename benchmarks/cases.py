@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -190,6 +191,15 @@ def fused_on_gpu() -> Iterator[Case]:
         ("Llama-2", 16384, 32000, 4096),
     ):
         yield _fused(*head, "bfloat16")
+
+
+def fused_grid() -> Iterator[Case]:
+    """Heads of large models, with few tokens and many."""
+    sizes = itertools.product(
+        (2048, 8192, 32768), (32000, 128256, 256000), (2048, 4096)
+    )
+    for batch, classes, features in sizes:
+        yield _fused("grid", batch, classes, features, "bfloat16")
 
 
 def _fused(model: str, batch: int, classes: int, features: int, dtype: str) -> Case:

@@ -5,15 +5,13 @@ compiled program reads the logits, in which type it multiplies and how much memo
 holds can be read.
 """
 
-import collections
+import contextlib
 import dataclasses
-import math
+import importlib.metadata
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +21,17 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import run
-from benchmarks.cases import FORWARD, FUSED, VALUE_AND_GRADIENT, Case, fused_on_gpu
-from benchmarks.peers import Peers
-from jaxlosses._backends import choose
+from benchmarks.cases import (
+    FORWARD,
+    FUSED,
+    VALUE_AND_GRADIENT,
+    Case,
+    fused_grid,
+    fused_on_gpu,
+)
+from benchmarks.hlo import matmuls, passes, work
+from benchmarks.peers import Peers, first_line
+from jaxlosses import testing
 
 # Of the data sheet and of what the driver reports.
 _H100 = """
@@ -71,11 +77,22 @@ TARGETS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+def compilers() -> dict[str, str]:
+    """Versions of the compilers' packages that are installed."""
+    names = ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def cases() -> Iterator[Case]:
     for dtype in ("bfloat16", "float32"):
         for what in (FORWARD, VALUE_AND_GRADIENT):
             yield Case("GPT-2", 8192, 50257, dtype, "random", what)
     yield from fused_on_gpu()
+    yield from fused_grid()
 
 
 def inspect(target: str, out: pathlib.Path, shrink: int = 1) -> pathlib.Path:
@@ -100,22 +117,35 @@ def inspect(target: str, out: pathlib.Path, shrink: int = 1) -> pathlib.Path:
             "device": topology.devices[0].device_kind,
             "revision": run.revision(),
         },
-        "versions": peers.versions,
+        "versions": peers.versions | compilers(),
         "absent": peers.absent,
         "not_run": [],
         "cases": [],
     }
     for full in tqdm.tqdm(list(cases()), unit="case", dynamic_ncols=True):
         case = full.shrunk(shrink)
-        entries = {
-            name: _facts(function, case, platform, place)
-            for name, function in peers.functions(case).items()
-        }
+        entries, failed = {}, {}
+        for name, function in peers.functions(case).items():
+            if case.model == "grid" and name not in ("jaxlosses", "optax"):
+                continue
+            try:
+                entries[name] = _facts(function, case, platform, place)
+            except jax.errors.JaxRuntimeError as error:  # too large for the chip
+                failed[name] = first_line(error)
         described = dataclasses.asdict(case)
-        result["cases"].append(described | {"failed": {}, "entries": entries})
+        if case.what == FUSED:
+            described["plan"] = _plan(case, platform)
+        result["cases"].append(described | {"failed": failed, "entries": entries})
     path = out / f"compiled-{target}-jax{jax.__version__}.json"
     run.write(result, path)
     return path
+
+
+def _plan(case: Case, platform: str) -> dict[str, Any]:
+    """What our fused loss says that it is going to do."""
+    shapes = (case.batch, case.features), (case.features, case.classes)
+    head = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in shapes)
+    return testing.plan(*head, platform=platform)._asdict()
 
 
 def _facts(
@@ -129,89 +159,13 @@ def _facts(
     fused = case.what == FUSED
     factors = (shape((B, D), dtype), shape((D, V), dtype))
     arguments = factors if fused else (shape((B, V), dtype),)
-    # The fused loss asks for the backend, which here is the host's.
-    with mock.patch.object(choose, "is_cpu", return_value=platform == "cpu"):
-        traced = jax.jit(function).trace(*arguments, shape((B,), jnp.int32))
+    traced = jax.jit(function).trace(*arguments, shape((B,), jnp.int32))
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
     text = compiled.as_text()
     facts: dict[str, Any] = {
-        "temp_bytes": int(compiled.memory_analysis().temp_size_in_bytes)
+        "temp_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+        "work": dataclasses.asdict(work(text)),
     }
     if fused:
         return facts | {"matmuls": matmuls(text)}
     return facts | passes(text, B * V)
-
-
-# Reading the text of a compiled module.
-
-_INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>\([^()]*\)|\S+) (?P<op>[\w-]+)"
-    r"\((?P<operands>[^()]*)\)"
-)
-_ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
-# They name arrays, and touch none.
-_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    op: str
-    arrays: tuple[tuple[str, int], ...]
-    operands: tuple[tuple[tuple[str, int], ...], ...]
-    line: str
-
-
-def computations(text: str) -> dict[str, list[Instruction]]:
-    """Instructions of every computation, by its name; the entry's is `ENTRY`."""
-    found: dict[str, list[Instruction]] = collections.defaultdict(list)
-    known: dict[str, tuple[tuple[str, int], ...]] = {}
-    name = ""
-    for line in text.splitlines():
-        if line and not line[0].isspace():
-            name = line.split()[0]
-            known = {}
-            continue
-        # Layouts, attributes in braces and comments.
-        plain = re.sub(r"/\*.*?\*/", "", line)
-        while plain != (plain := re.sub(r"\{[^{}]*\}", "", plain)):
-            pass
-        match = _INSTRUCTION.match(plain)
-        if match is None:
-            continue
-        arrays = tuple(
-            (dtype, math.prod(int(n) for n in dims.split(",") if n))
-            for dtype, dims in _ARRAY.findall(match["type"])
-        )
-        known[match["name"]] = arrays
-        names = re.findall(r"%([\w.-]+)", match["operands"])
-        operands = tuple(known[n] for n in names if n in known)
-        found[name].append(Instruction(match["op"], arrays, operands, line))
-    return dict(found)
-
-
-def passes(text: str, size: int) -> dict[str, int]:
-    """How often arrays of the logits' size are read, written, and in float32."""
-    reads = writes = wide = 0
-    for step in computations(text)["ENTRY"]:
-        if step.op in _FREE:
-            continue
-        reads += sum(n == size for operand in step.operands for _, n in operand)
-        writes += sum(n == size for _, n in step.arrays)
-        wide += sum(n == size for dtype, n in step.arrays if dtype == "f32")
-    return {"reads": reads, "writes": writes, "float32_arrays": wide}
-
-
-def matmuls(text: str) -> list[dict[str, Any]]:
-    """Type of operands and result, and whether the result is added in place."""
-    found = []
-    for steps in computations(text).values():
-        for step in steps:
-            called = step.op == "custom-call" and re.search("gemm|matmul", step.line)
-            if not called and step.op not in ("dot", "convolution"):
-                continue
-            factors = [operand[0][0] for operand in step.operands[:2]]
-            product = {"factors": factors, "product": step.arrays[0][0]}
-            if called:
-                product["added_in_place"] = '"beta":1' in step.line
-            found.append(product)
-    return found

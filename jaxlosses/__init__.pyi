@@ -2,11 +2,12 @@
 
 from typing import Literal, TypedDict, Unpack, overload
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from jaxlosses import testing as testing
-from jaxlosses._backends.choose import Strategy
 from jaxlosses._backends.head import Layout
+from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Reduction
 from jaxlosses._combine import Stats as Stats
 from jaxlosses._log_probs import softmax_entropy as softmax_entropy
@@ -39,6 +40,7 @@ class _Fused(_OfIds, total=False):
     where: ArrayLike | None
     strategy: Strategy
     workspace_bytes: int | None
+    compute_dtype: DTypeLike | None
 
 @overload
 def softmax_cross_entropy(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlosses as jl
+from jaxlosses import testing
 
 Rows = list[dict[str, Any]]
 
@@ -48,7 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs every check and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxlosses", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON only")
-    as_json = parser.parse_args(argv).json
+    parser.add_argument(
+        "--plan",
+        metavar="TOKENSxFEATURESxCLASSES",
+        help="print what the fused loss does on each platform, and no more",
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of that head; default: bfloat16"
+    )
+    given = parser.parse_args(argv)
+    if given.plan:
+        _print_plans(given.plan, given.dtype, given.json)
+        return 0
+    as_json = given.json
     report: dict[str, Any] = {
         "versions": _versions(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
@@ -61,6 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     holds = all(row["holds"] for row in checked)
     print(json.dumps({**report, "holds": holds}) if as_json else _text(report, holds))
     return 0 if holds else 1
+
+
+def _print_plans(size: str, dtype: str, as_json: bool) -> None:
+    examples, features, classes = map(int, size.split("x"))
+    head = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape in ((examples, features), (features, classes))
+    ]
+    plans = {p: testing.plan(*head, platform=p) for p in ("cpu", "gpu", "tpu")}
+    if as_json:
+        print(json.dumps({p: plan._asdict() for p, plan in plans.items()}))
+        return
+    for where, plan in plans.items():
+        rows, columns = plan.chunk_shape
+        print(
+            f"{where}: {plan.strategy}, {plan.matmuls} matmuls, {plan.chunks} chunks "
+            f"of {rows} x {columns} logits, "
+            f"about {plan.temporary_bytes / 2**20:.0f} MiB "
+            f"(all logits: {plan.materialised_bytes / 2**20:.0f} MiB)"
+        )
 
 
 def _versions() -> dict[str, str]:

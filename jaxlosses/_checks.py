@@ -256,17 +256,23 @@ def hidden(x: Given) -> Array:
     return _features("hidden", x, 1, "a feature axis", "(batch, features)")
 
 
-def kernel(x: Given, layout: Given, features: Size) -> Array:
-    """The matrix that turns features into logits."""
+def kernel_layout(x: Given) -> Any:
+    """Which axis of the kernel has the classes."""
     _demand(
-        isinstance(layout, str) and layout in _LAYOUTS,
+        isinstance(x, str) and x in _LAYOUTS,
         ValueError,
         "kernel_layout",
-        repr(layout),
+        repr(x),
         'one of "dv", "vd"',
         '"dv" is the kernel of a Dense layer, (features, classes); "vd" an embedding '
         "table, (classes, features).",
     )
+    return x
+
+
+def kernel(x: Given, layout: Given, features: Size) -> Array:
+    """The matrix that turns features into logits."""
+    layout = kernel_layout(layout)
     x = _features("kernel", x, 2, "two axes", "(features, classes)")
     names = "(features, classes)" if layout == "dv" else "(classes, features)"
     fix = f'kernel_layout="{layout}" is {names}.'
@@ -366,6 +372,47 @@ def workspace_bytes(x: Given) -> int | None:
         "None takes the default of the platform.",
     )
     return number
+
+
+def compute_dtype(x: Given) -> np.dtype[Any] | None:
+    """The dtype of matmuls, or None."""
+    if x is None:
+        return None
+    fix = 'Pass "bfloat16", say, or None for what hidden and kernel promote to.'
+    try:
+        dtype = jnp.dtype(x)
+    except TypeError:
+        dtype = None
+    _demand(
+        dtype is not None and dtype.name in _LOGITS_DTYPES,
+        TypeError,
+        "compute_dtype",
+        repr(x) if dtype is None else dtype.name,
+        f"one of {', '.join(_LOGITS_DTYPES)}, or None",
+        fix,
+    )
+    _demand(
+        jax.dtypes.canonicalize_dtype(dtype) == dtype,
+        ValueError,
+        "compute_dtype",
+        "float64 while 64-bit numbers are off",
+        "a dtype that JAX has",
+        'Call jax.config.update("jax_enable_x64", True) first.',
+    )
+    return dtype
+
+
+def platform(x: Given, known: tuple[str, ...]) -> str | None:
+    """The name of a platform, or None."""
+    _demand(
+        x is None or x in known,
+        ValueError,
+        "platform",
+        repr(x),
+        f"one of {', '.join(map(repr, sorted(known)))}, or None",
+        "None takes JAX's default.",
+    )
+    return None if x is None else str(x)
 
 
 def is_distribution(labels: Given) -> bool:

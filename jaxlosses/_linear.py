@@ -11,23 +11,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
 from jaxlosses import _combine, _options, _rules, _sharding
-from jaxlosses._backends import choose, head, tokens
-from jaxlosses._backends.choose import Strategy
-from jaxlosses._backends.chunks import Plan
-from jaxlosses._backends.head import (
-    Head,
-    Labels,
-    Layout,
-    Product,
-    classes_of,
-    compute_dtype,
-)
+from jaxlosses._backends import head, plan, tokens
+from jaxlosses._backends.chunks import Plans
+from jaxlosses._backends.head import Head, Labels, Matmul, Product, classes_of
 from jaxlosses._backends.logits import OnLogits
+from jaxlosses._backends.plan import Strategy
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
 from jaxlosses._combine import Coefficients, Example, Losses
 from jaxlosses._cross_entropy import Arrays, loss_on_logits
-from jaxlosses._math.classes import Spec, accumulation_dtype, any_class
+from jaxlosses._math.classes import Spec, any_class
 from jaxlosses._options import Options, Static
 from jaxlosses._types import DType, Tree
 
@@ -37,9 +30,14 @@ class Fused:
     """Everything that a compiled loss is specialised for, as the caller says it."""
 
     on_logits: Static
-    layout: Layout
+    matmul: Matmul
     strategy: Strategy
     workspace: int | None
+
+    @property
+    def dtype(self) -> DType:
+        """Of sums."""
+        return self.matmul.accumulation
 
 
 class FusedArrays(NamedTuple):
@@ -50,11 +48,6 @@ class FusedArrays(NamedTuple):
     where: Bool[Array, " V"] | None
     examples: Bool[Array, "*B"] | None
     options: Options
-
-    @property
-    def dtype(self) -> DType:
-        """Of sums."""
-        return accumulation_dtype(compute_dtype(self.head))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,14 +67,14 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
     on_logits = static.on_logits
     batch = _sharding.split_of(hidden)[:-1]
     over = tuple(name for entry in batch for name in _sharding.names(entry))
-    split = _sharding.names(_sharding.split_of(kernel)[static.layout == "dv"])
+    split = _sharding.names(_sharding.split_of(kernel)[static.matmul.layout == "dv"])
     split = tuple(name for name in split if name not in over)
     every = (split or None,)
     of_head, of_options, filled = _sharding.of_splits(Head, Options, FusedArrays)
     splits = filled(
         head=of_head(
             hidden=(*batch, None),
-            kernel=(None, *every) if static.layout == "dv" else (*every, None),
+            kernel=(None, *every) if static.matmul.layout == "dv" else (*every, None),
             bias=every,
         ),
         # A distribution has the classes as well.
@@ -110,20 +103,20 @@ def _run(static: Fused, arrays: FusedArrays) -> Losses:
         hidden = jnp.where(counted[..., None], arrays.head.hidden, 0)
         arrays = arrays._replace(head=arrays.head._replace(hidden=hidden))
     on_logits = static.on_logits
-    request = choose.Request(
+    request = plan.Request(
         on_logits.spec.dense, on_logits.reduction != "none", on_logits.forward_mode
     )
-    way, plan = choose.plan(
-        static.layout, arrays.head, request, static.strategy, static.workspace
+    way, plans = plan.choose(
+        static.matmul, arrays.head, request, static.strategy, static.workspace
     )
     if way == "dense":
         return _on_logits(static, arrays)
     batch = arrays.labels.shape
-    if not batch or plan.local:
+    if not batch or plans.first.local:
         arrays = _flattened(arrays)
         on_logits = on_logits.of_rank(1)
     cut = dataclasses.replace(static, on_logits=on_logits)
-    out = _in_chunks(cut, way, plan, arrays)
+    out = _in_chunks(cut, way, plans, arrays)
     loss = out.loss.reshape(batch) if on_logits.reduction == "none" else out.loss
     beside = jax.tree.map(lambda a: a.reshape(batch), (out.stats, out.entropy))
     return Losses(loss, *beside)
@@ -137,7 +130,7 @@ def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
     of_all = (1,) * len(batch) + (-1,)
     where = None if arrays.where is None else arrays.where.reshape(of_all)
     masks = _options.all_of(_masks(arrays), batch)
-    z = rule(static.layout, arrays.head)
+    z = rule(static.matmul, arrays.head)
     given = Arrays(z, arrays.labels, where, masks, arrays.options)
     return loss_on_logits(on_logits, given)
 
@@ -157,11 +150,11 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
 
 
 def _in_chunks(
-    static: Fused, way: choose.Way, plan: Plan, arrays: FusedArrays
+    static: Fused, way: plan.Way, plans: Plans, arrays: FusedArrays
 ) -> Losses:
     """The loss by any strategy but the dense one."""
     on_logits, spec = static.on_logits, static.on_logits.spec
-    options, dtype = arrays.options, arrays.dtype
+    options, dtype = arrays.options, static.dtype
     labels, example = _labels(static, arrays)
     coefficients, scale = options.coefficients(dtype), options.scale(dtype)
     class_weights = options.class_weights if spec.smooth else None
@@ -178,11 +171,11 @@ def _in_chunks(
             arrays.where,
         )
         loss_of = functools.partial(_loss_of_chunk, spec)
-        total, stats = tokens.summed(plan, loss_of, operands)
+        total, stats = tokens.summed(plans, loss_of, operands)
         return Losses(_options.over_batch(on_logits, total, masses), stats)
 
     product = Product(arrays.head, class_weights, scale, labels, arrays.where)
-    backend = ByClasses(spec, plan) if way == "vocab" else ByExamples(spec, plan)
+    backend = ByClasses(spec, plans) if way == "vocab" else ByExamples(spec, plans)
     found = _rules.statistics(backend, product, on_logits.forward_mode)
     inputs = head.inputs_of(spec, None, labels, arrays.where, class_weights, scale)
     out = _combine.losses(
@@ -210,8 +203,8 @@ def _loss_of_chunk(
 
 def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     """What is known of each example: for its statistics, and for its loss."""
-    spec, dtype, options = static.on_logits.spec, arrays.dtype, arrays.options
-    num_classes = classes_of(static.layout, arrays.head.kernel)
+    spec, dtype, options = static.on_logits.spec, static.dtype, arrays.options
+    num_classes = classes_of(static.matmul.layout, arrays.head.kernel)
     shape = (*arrays.labels.shape, num_classes)
     ids = _options.class_ids(spec, shape, arrays.labels)
     of_labels = functools.partial(

@@ -1,10 +1,11 @@
 """The public fused loss: its arguments, checked."""
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from jaxlosses import _checks, _options
-from jaxlosses._backends.choose import Strategy
-from jaxlosses._backends.head import Head, Layout, classes_of
+from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
+from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Reduction, Result
 from jaxlosses._linear import Fused, FusedArrays, fused_loss
 
@@ -22,6 +23,7 @@ def linear_softmax_cross_entropy(
     ignore_index: int | None = None,
     strategy: Strategy = "auto",
     workspace_bytes: int | None = None,
+    compute_dtype: DTypeLike | None = None,
     class_weights: ArrayLike | None = None,
     label_smoothing: float | Array = 0.0,
     z_loss: float | Array = 0.0,
@@ -65,18 +67,30 @@ def linear_softmax_cross_entropy(
             `"vocab"`: chunks of classes; four matmuls, any reduction, the smallest
             memory for very many classes.
             `"dense"`: all logits at once; three matmuls.
-            `"auto"`: `"dense"` if all logits fit the workspace or labels are
-            distributions; `"vocab"` if the logits of 64 examples do not (on one
-            device and inside `shard_map`: elsewhere its slices of a kernel that is
-            split over devices would be gathered); else, as for symbolic sizes of
+            `"auto"`: never more memory than all logits take, by shapes, dtypes and
+            sharding alone. `"dense"` if labels are distributions, or if logits and
+            cotangents fit 32 MiB (a given workspace) or a quarter of the kernel;
+            `"vocab"` if the logits of 64 examples do not fit 256 MiB (a given
+            workspace), or if the float32 sum of the gradient of a 16-bit kernel and
+            chunks that pay for it take more than all logits: about less than three
+            times as many examples as features. Else, and for symbolic sizes of
             `jax.export`, `"tokens"` for a sum or a mean, and `"recompute"` otherwise
-            or with `forward_mode`.
+            or with `forward_mode`; so, too, on automatic mesh axes, where slices of a
+            kernel that is split over devices would be gathered.
+            `jaxlosses.testing.plan` says what it takes.
         workspace_bytes: bounds what is held at once beyond the arguments, the result,
             copies of `hidden` and the accumulators of the gradients (float32, of the
             shapes of `hidden` and `kernel`), as far as one example or one class
-            fits. None takes a sixth of the logits, from 32 to 128 MiB, on a CPU, and
-            1 GiB elsewhere. Where `jax.export` leaves the number of examples or of
-            classes open, bytes cannot be counted: a chunk is a sixteenth of them.
+            fits. None takes what the platform of the program wants: a sixth of the
+            logits, from 32 to 128 MiB, on a CPU, and up to 1 GiB, or chunks of 2048
+            examples or half as many as features, elsewhere. It counts for one device;
+            on automatic mesh axes a trace knows the devices under `jax.set_mesh`
+            alone: elsewhere give the bytes of all of them. Where `jax.export` leaves
+            the number of examples or of classes open, bytes cannot be counted: a chunk
+            is a sixteenth of them.
+        compute_dtype: dtype of the matmuls, or None for the one that hidden and kernel
+            promote to. With `"bfloat16"` a float32 kernel is multiplied in 16 bits,
+            cast piece by piece; logits, sums and its gradient stay float32.
         weights: shape `B...`, floating, integer or bool: multiplies each example's loss
             and enters the denominator of the mean; for weights of both signs take
             `"sum"`, since theirs may be near 0. An example of weight 0 is left out, as
@@ -96,9 +110,9 @@ def linear_softmax_cross_entropy(
         The loss in nats: `B...`, or a scalar if reduced; float64 if hidden or kernel
         are, else float32. With `return_stats`, the pair `(loss, Stats)`.
 
-        The matmuls run in the dtype to which hidden and kernel promote and accumulate
-        in float32: 16-bit heads get float32 logits. So do the gradients, which are
-        rounded once to the dtype of their argument.
+        The matmuls run in the compute dtype and accumulate in float32: 16-bit heads
+        get float32 logits. So do the gradients, also over devices, which are rounded
+        once to the dtype of their argument.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -171,5 +185,7 @@ def linear_softmax_cross_entropy(
     _checks.suits(asked, static.reduction, dense, static.forward_mode)
     workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
-    fused = Fused(static, kernel_layout, asked, workspace)
+    dtype = _checks.compute_dtype(compute_dtype)
+    matmul = matmul_of(kernel_layout, head, dtype)
+    fused = Fused(static, matmul, asked, workspace)
     return fused_loss(fused, FusedArrays(head, labels, *masks, options)).result()

@@ -3,9 +3,11 @@
 Every question about them is asked here, and nowhere else.
 """
 
+import contextvars
 import functools
+import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,12 @@ from jaxlosses._types import Size
 Result = TypeVar("Result")
 
 
+# What a branch of `by_platform` knows: "other" is any but a CPU.
+Known = Literal["cpu", "gpu", "tpu", "other"]
+_known: contextvars.ContextVar[Known | None]
+_known = contextvars.ContextVar("platform", default=None)
+
+
 def by_platform(
     on_cpu: Callable[..., Result],
     otherwise: Callable[..., Result],
@@ -25,15 +33,39 @@ def by_platform(
 ) -> Result:
     """One of some functions of the arguments, by the platform that a program is for.
 
-    All are traced, on every host and for every platform.
+    All are traced, on every host and for every platform; what they choose in their
+    turn is chosen at once.
     """
-    more = {} if on_tpu is None else {"tpu": on_tpu}
-    return lax.platform_dependent(*args, cpu=on_cpu, default=otherwise, **more)
+    known = _known.get()
+    if known == "cpu":
+        return on_cpu(*args)
+    if known == "gpu" or (known is not None and on_tpu is None):
+        return otherwise(*args)
+    if known == "tpu" and on_tpu is not None:
+        return on_tpu(*args)
+    branches = {} if known else {"cpu": _within("cpu", on_cpu)}
+    default = _within("other" if on_tpu is None else "gpu", otherwise)
+    if on_tpu is not None:
+        branches["tpu"] = _within("tpu", on_tpu)
+    return lax.platform_dependent(*args, default=default, **branches)
 
 
-def is_cpu() -> bool:
-    """Whether arrays are on a CPU where nobody says otherwise."""
-    return jax.default_backend() == "cpu"
+def _within(known: Known, run: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, which is traced for a platform that is known."""
+
+    def traced(*args: object) -> Result:
+        before = _known.set(known)
+        try:
+            return run(*args)
+        finally:
+            _known.reset(before)
+
+    return traced
+
+
+def default_platform() -> str:
+    """Where arrays are if nobody says otherwise: `"cpu"`, `"gpu"` or `"tpu"`."""
+    return jax.default_backend()
 
 
 def is_local() -> bool:
@@ -46,6 +78,15 @@ def is_local() -> bool:
     if not mesh.empty:
         return mesh.are_all_axes_manual
     return jax.device_count() == 1 and num_cpus() <= 1
+
+
+def num_parts() -> int:
+    """Over how many devices arrays may be spread by itself, where the mesh is known.
+
+    One outside `jax.set_mesh` and inside `shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in mesh.auto_axes)
 
 
 def num_cpus() -> int:

@@ -153,9 +153,10 @@ def _forward_jvp(
     result = _forward(backend, operands)
     kept = Statistics(*result[:3], depth=result.depth)
     # Checkpointed, so that reverse mode through the tangent keeps what the
-    # custom_vjp keeps and rebuilds the probabilities.
-    push = jax.checkpoint(_push, prevent_cse=False, static_argnums=(0,))
-    d = push(backend, operands, kept, _without_zeros(d_operands))
+    # custom_vjp keeps and rebuilds the probabilities. A new function each time: what
+    # JAX has traced of one it keeps, and a trace may be for one platform.
+    push = jax.checkpoint(functools.partial(_push, backend), prevent_cse=False)
+    d = push(operands, kept, _without_zeros(d_operands))
     d_predicted: Any = None
     if result.predicted is not None:
         # NumPy has no array of a symbolic size.

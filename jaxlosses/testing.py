@@ -11,6 +11,8 @@ from jax.experimental import checkify
 from jaxtyping import ArrayLike
 
 from jaxlosses import _checks
+from jaxlosses._planned import Plan as Plan
+from jaxlosses._planned import plan as plan
 
 
 def check_labels(

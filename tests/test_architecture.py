@@ -37,11 +37,11 @@ LAYERS = [
     {"_rules", "_options"},
     {"_backends.head", "_backends.folds"},
     {"_backends.chunks", "_backends.cpu"},
-    {"_backends.choose", "_backends.tokens", "_backends.vocab"},
+    {"_backends.choose", "_backends.plan", "_backends.tokens", "_backends.vocab"},
     {"_backends.logits", "_backends.recompute"},
     {"_cross_entropy", "_softmax"},
     {"_linear"},
-    {"_linear_cross_entropy", "_log_probs"},
+    {"_linear_cross_entropy", "_log_probs", "_planned"},
     {"testing"},
     {"__main__"},
 ]

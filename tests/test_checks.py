@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import jaxlosses as jl
+from jaxlosses import testing
 
 B, V = 4, 6
 LOGITS = jnp.zeros((B, V))
@@ -32,6 +33,7 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     jl.softmax: {"logits": LOGITS},
     jl.log_softmax: {"logits": LOGITS},
     linear: {"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V)), "labels": IDS},
+    testing.plan: {"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V))},
 }
 
 
@@ -761,6 +763,35 @@ MISTAKES = {
         ValueError,
         "workspace_bytes: got 0, expected a number above 0, or None. None takes the "
         "default of the platform.",
+    ),
+    "head: compute_dtype of integers": Mistake(
+        linear,
+        {"compute_dtype": "int8"},
+        TypeError,
+        "compute_dtype: got int8, expected one of float16, bfloat16, float32, float64, "
+        'or None. Pass "bfloat16", say, or None for what hidden and kernel promote to.',
+    ),
+    "head: compute_dtype that is none": Mistake(
+        linear,
+        {"compute_dtype": "half-ish"},
+        TypeError,
+        "compute_dtype: got 'half-ish', expected one of float16, bfloat16, float32, "
+        'float64, or None. Pass "bfloat16", say, or None for what hidden and kernel '
+        "promote to.",
+    ),
+    "head: compute_dtype of 64 bits that are off": Mistake(
+        linear,
+        {"compute_dtype": jnp.float64},
+        ValueError,
+        "compute_dtype: got float64 while 64-bit numbers are off, expected a dtype "
+        'that JAX has. Call jax.config.update("jax_enable_x64", True) first.',
+    ),
+    "plan: a platform that is none": Mistake(
+        testing.plan,
+        {"platform": "cpus"},
+        ValueError,
+        "platform: got 'cpus', expected one of 'cpu', 'cuda', 'gpu', 'rocm', 'tpu', or "
+        "None. None takes JAX's default.",
     ),
     "head: ignore_index for distributions": Mistake(
         linear,

@@ -5,6 +5,7 @@ What a backend owes is in `jaxlosses._rules.Backend`; where a loss is added, in
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from tolerances import assert_gradient, assert_loss
 
 import jaxlosses as jl
 from jaxlosses import _combine, _rules
-from jaxlosses._backends.chunks import Plan
-from jaxlosses._backends.head import Head, Labels, Product
+from jaxlosses._backends.chunks import Plan, Plans
+from jaxlosses._backends.head import Head, Labels, Matmul, Product
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
@@ -45,25 +46,30 @@ class RowByRow:
         return Inputs(d.logits, d.labels, None, None, None, d.scale)
 
 
-PLAN = Plan("dv", 3, local=True)
+PLANS = {
+    dtype: Plans.of_all(Plan(Matmul("dv", np.dtype(dtype)), 3, local=True))
+    for dtype in ("float32", "float64")
+}
 # What each backend takes for logits: themselves, or a product with the identity.
-BACKENDS = {
+BACKENDS: dict[str, Any] = {
     "logits": OnLogits,
     "toy": RowByRow,
-    "examples": lambda spec: ByExamples(spec, PLAN),
-    "classes": lambda spec: ByClasses(spec, PLAN),
+    "examples": ByExamples,
+    "classes": ByClasses,
 }
 
 
 def nll_of(name: str, logits: Any, ids: Any, forward_mode: bool = False) -> Any:
     spec = Spec((1,), dense=False)
+    backend = BACKENDS[name]
     if name in ("logits", "toy"):
         operands: Any = Inputs(logits, ids[:, None])
     else:
+        backend = functools.partial(backend, plans=PLANS[logits.dtype.name])
         kernel = jnp.eye(logits.shape[1], dtype=logits.dtype)
         labels = Labels(ids, None)
         operands = Product(Head(logits, kernel, None), None, None, labels, None)
-    found = _rules.statistics(BACKENDS[name](spec), operands, forward_mode)
+    found = _rules.statistics(backend(spec), operands, forward_mode)
     return found.nll.reshape(-1)
 
 

@@ -26,12 +26,12 @@ from helpers import (
     sweep,
     turns,
 )
+from jax.sharding import PartitionSpec as P
 from tolerances import accumulated
 
 import jaxlosses as jl
-from jaxlosses._backends import choose
-from jaxlosses._backends.chunks import Plan
-from jaxlosses._backends.head import Head
+from jaxlosses import testing
+from jaxlosses._backends import plan
 
 linear = jl.linear_softmax_cross_entropy
 
@@ -845,17 +845,19 @@ def test_memory_does_not_grow_with_the_logits() -> None:
     assert size[many] <= size[few] + 2 * hidden + 2**18
 
 
-def primitives(jaxpr: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every operation with those around it."""
+def equations(
+    jaxpr: Any, inside: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every operation, after its name and those of what is around it."""
     for equation in jaxpr.eqns:
         here = (*inside, equation.primitive.name)
-        yield here
+        yield here, equation
         for parameter in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
         ):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from primitives(inner, here)
+                yield from equations(inner, here)
 
 
 @pytest.mark.parametrize("ignore_index", [None, -100])
@@ -868,8 +870,9 @@ def test_matmuls_of_ignored_examples_can_be_skipped(
     loss = small_loss(strategy, given["labels"], **static)
     gradient = on_one_device(jax.grad(loss, (0, 1)))
     jaxpr = jax.make_jaxpr(gradient)(given["hidden"], given["kernel"])
-    paths = [p for p in primitives(jaxpr.jaxpr) if p[-1] == "dot_general"]
-    assert len(paths) == (4 if strategy == "recompute" else 3)
+    paths = [p for p, _ in equations(jaxpr.jaxpr) if p[-1] == "dot_general"]
+    # Traced for a CPU, a GPU and a TPU.
+    assert len(paths) == 3 * (4 if strategy == "recompute" else 3)
     for path in paths:
         assert "scan" in path
         assert ("cond" in path[path.index("scan") :]) == (ignore_index is not None)
@@ -890,72 +893,144 @@ def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
         assert_all_zero(loss, gradients["kernel"])
 
 
-def plan_of(
-    size: tuple[int, int, int],
-    workspace: int | None,
-    strategy: Any = "auto",
-    reduction: str = "none",
-    local: bool = True,
-    **request: bool,
-) -> tuple[str, Plan]:
-    """The strategy and how it cuts."""
-    examples, features, classes = size
-    factors = Head(
-        jax.ShapeDtypeStruct((examples, features), jnp.float32),
-        jax.ShapeDtypeStruct((features, classes), jnp.float32),
-        None,
+@pytest.mark.parametrize("layout", ["dv", "vd"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_float32_kernel_may_be_multiplied_in_16_bits(
+    strategy: str, layout: str
+) -> None:
+    given = head()
+    static = {"kernel_layout": layout, "strategy": strategy, "reduction": "mean"}
+    static |= {"workspace_bytes": WORKSPACE}
+    kernel = given["kernel"] if layout == "dv" else given["kernel"].T
+    wide = [np.asarray(a, np.float32) for a in (given["hidden"], kernel)]
+    narrow = [a.astype(jnp.bfloat16) for a in wide]
+
+    def loss(hidden: Any, kernel: Any, **more: Any) -> jax.Array:
+        return linear(hidden, kernel, given["labels"], **static, **more)
+
+    in_16 = functools.partial(loss, compute_dtype="bfloat16")
+    value, gradients = jax.jit(jax.value_and_grad(in_16, (0, 1)))(*wide)
+    want, rounded = jax.jit(jax.value_and_grad(loss, (0, 1)))(*narrow)
+    assert value == want
+    for exact, once in zip(gradients, rounded, strict=True):
+        assert exact.dtype == np.float32
+        np.testing.assert_array_equal(exact.astype(jnp.bfloat16), once)
+        # It has the digits of its sums.
+        assert np.mean(exact != exact.astype(jnp.bfloat16).astype(np.float32)) > 0.5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_devices_add_up_gradients_of_16_bits_in_float32(strategy: str) -> None:
+    cut = {"workspace_bytes": 1000}
+
+    def loss(hidden: Any, kernel: Any, labels: Any) -> jax.Array:
+        total = linear(
+            hidden, kernel, labels, reduction="sum", strategy=strategy, **cut
+        )
+        return jax.lax.psum(total, "data")
+
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(
+        loss, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P()
     )
-    wanted = {"dense": False, "forward_mode": False} | request
-    need = choose.Request(summed=reduction != "none", **wanted)
+    shapes = ((16, 4), jnp.bfloat16), ((4, 300), jnp.bfloat16), ((16,), jnp.int32)
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    jaxpr = jax.make_jaxpr(jax.grad(split, (0, 1)))(*arrays)
+    summed = [
+        variable.aval
+        for _, equation in equations(jaxpr.jaxpr)
+        if equation.primitive.name.startswith("psum")
+        for variable in equation.invars
+    ]
+    of_kernel = [a for a in summed if a.shape and a.shape[0] == 4]
+    assert of_kernel
+    assert {a.dtype for a in summed} == {np.dtype(np.float32)}
+
+
+def planned(
+    size: tuple[int, int, int],
+    workspace: int | None = None,
+    *,
+    local: bool = True,
+    dtype: str = "float32",
+    **options: Any,
+) -> testing.Plan:
+    examples, features, classes = size
+    factors = (examples, features), (features, classes)
+    head = [jax.ShapeDtypeStruct(shape, dtype) for shape in factors]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose, "is_local", lambda: local)
-        return choose.plan("dv", factors, need, strategy, workspace)
+        patch.setattr(plan, "is_local", lambda: local)
+        return testing.plan(*head, workspace_bytes=workspace, **options)
 
 
-def planned(*arguments: Any, **options: Any) -> str:
-    """The strategy that `"auto"` takes."""
-    return plan_of(*arguments, **options)[0]
-
-
-def test_chunks_are_equal_where_an_accelerator_would_pad_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_chunks_are_equal_where_an_accelerator_would_pad_them() -> None:
     size, logits = (512, 8, 1024), 4 * 512 * 1024
-    options = {"strategy": "tokens", "reduction": "mean"}
+    tokens = functools.partial(planned, strategy="tokens")
     # With what else a chunk needs, 20 / 3 of the workspace.
-    _, plan = plan_of(size, logits // 5, **options)
-    assert (plan.num_chunks, plan.kernel_pieces) == (7, 1)
-    monkeypatch.setattr(choose, "is_cpu", lambda: False)
-    _, plan = plan_of(size, logits // 5, **options)
-    assert (plan.num_chunks, plan.kernel_pieces) == (8, 1)
+    assert tokens(size, logits // 5, platform="cpu").chunks == 7
+    assert tokens(size, logits // 5, platform="gpu").chunks == 8
     # A prime number of examples has no equal chunks.
-    _, plan = plan_of((509, 8, 1024), logits // 5, **options)
-    assert plan.num_chunks == 7
+    assert tokens((509, 8, 1024), logits // 5, platform="tpu").chunks == 7
 
 
-def test_a_chunk_on_an_accelerator_pays_for_the_sum_of_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(choose, "is_cpu", lambda: False)
-    options = {"strategy": "tokens", "reduction": "mean"}
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_chunk_on_an_accelerator_pays_for_the_sum_of_gradients(platform: str) -> None:
+    tokens = functools.partial(
+        planned, strategy="tokens", platform=platform, dtype="bfloat16"
+    )
     # Without a given workspace, half as many examples as features or more.
-    for size, number in (((8192, 4096, 128256), 4), ((2048, 4096, 128256), 2)):
-        assert plan_of(size, None, **options)[1].num_chunks == number
-    assert plan_of((8192, 4096, 128256), 2**30, **options)[1].num_chunks == 8
+    for size, number in (((8192, 4096, 128256), 4), ((2048, 4096, 128256), 1)):
+        assert tokens(size).chunks == number
+    assert tokens((8192, 4096, 128256), 2**30).chunks == 8
 
 
 def test_auto_takes_the_strategy_that_is_documented() -> None:
     size, logits = (256, 8, 1024), 4 * 256 * 1024
-    assert planned(size, 2 * logits) == "dense"
-    assert planned(size, logits // 2, reduction="sum") == "tokens"
-    assert planned(size, logits // 2, reduction="mean") == "tokens"
-    assert planned(size, logits // 2) == "recompute"
-    forward = {"reduction": "mean", "forward_mode": True}
-    assert planned(size, logits // 2, **forward) == "recompute"
+
+    def auto(workspace: int | None, reduction: str = "none", **options: Any) -> str:
+        return planned(size, workspace, reduction=reduction, **options).strategy
+
+    assert auto(2 * logits) == auto(None) == "dense"
+    assert auto(logits // 2, "sum") == "tokens"
+    assert auto(logits // 2, "mean") == "tokens"
+    assert auto(logits // 2) == "recompute"
+    assert auto(logits // 2, "mean", forward_mode=True) == "recompute"
     # Not the logits of 64 examples.
-    assert planned(size, logits // 5, reduction="mean") == "vocab"
-    assert planned(size, logits // 5, reduction="mean", local=False) == "tokens"
-    assert planned(size, 1000, dense=True, local=False) == "dense"
+    assert auto(logits // 5, "mean") == "vocab"
+    assert auto(logits // 5, "mean", local=False) == "tokens"
+    assert auto(1000, distributions=True, local=False) == "dense"
+    # Sums of 16-bit gradients, as many as logits.
+    wide = (512, 512, 50304)
+    assert planned(wide, dtype="bfloat16").strategy == "vocab"
+    assert planned(wide, dtype="bfloat16", local=False).strategy == "tokens"
+    assert planned(wide).strategy == "tokens"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("classes", [32000, 128256, 256000])
+@pytest.mark.parametrize("features", [2048, 4096])
+@pytest.mark.parametrize("examples", [16, 2048, 8192, 32768])
+def test_auto_holds_less_than_all_logits(
+    examples: int, features: int, classes: int, platform: str
+) -> None:
+    size = (examples, features, classes)
+    found = planned(size, dtype="bfloat16", platform=platform)
+    if examples == 16:  # next to nothing, beside the kernel
+        assert found.strategy == "dense"
+        assert found.temporary_bytes < features * classes
+        return
+    assert found.temporary_bytes < found.materialised_bytes
+    if found.strategy == "vocab" and platform != "cpu":
+        # No matmul has to pad it.
+        assert found.chunk_shape[1] % 128 == 0
+
+
+def test_the_strategy_knows_no_platform() -> None:
+    for size in ((16, 64, 1024), (512, 512, 50304), (4096, 512, 50304)):
+        for dtype in ("float32", "bfloat16"):
+            names = ("cpu", "cuda", "tpu")
+            found = {planned(size, dtype=dtype, platform=x).strategy for x in names}
+            assert len(found) == 1
 
 
 # Lowering
@@ -1019,6 +1094,27 @@ def test_matmuls_of_bfloat16_take_bfloat16_and_give_float32_on_every_platform(
 def test_slices_of_bfloat16_arrays_are_integers_on_a_cpu_alone(platform: str) -> None:
     module = exported("vocab", True, (platform,))
     assert ("ui16" in module) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_program_has_the_chunks_of_the_platform_that_it_is_for(platform: str) -> None:
+    size, workspace = (512, 8, 1024), 4 * 512 * 1024 // 5
+    static = {"strategy": "tokens", "workspace_bytes": workspace}
+
+    def loss(hidden: Any, kernel: Any, labels: Any) -> jax.Array:
+        return linear(hidden, kernel, labels, reduction="sum", **static)
+
+    b, d, v = size
+    shapes = ((b, d), jnp.float32), ((d, v), jnp.float32), ((b,), jnp.int32)
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    traced = jax.jit(on_one_device(jax.grad(loss, (0, 1)))).trace(*arrays)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    found = planned(size, workspace, strategy="tokens", platform=platform)
+    assert found.chunks == (7 if platform == "cpu" else 8)
+    cut = f"tensor<{found.chunks}x{found.chunk_shape[0]}x{d}xf32>"
+    assert cut in text
+    other = "tensor<8x64x8xf32>" if platform == "cpu" else "tensor<7x74x8xf32>"
+    assert other not in text
 
 
 # Contrastive learning

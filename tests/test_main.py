@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jaxlosses import __main__ as main
+from jaxlosses._backends import plan
 
 
 @pytest.mark.long
@@ -62,3 +63,17 @@ def test_exit_status_says_whether_all_held(
     assert ("every error is within its bar" in text) == (status == 0)
     assert "float32" in text
     assert "jax " in text
+
+
+def test_plan_is_printed_for_each_platform(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "is_local", lambda: True)
+    size = "8192x4096x128256"
+    assert main.main(["--plan", size]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["cpu", "gpu", "tpu"]
+    assert all(": vocab, 4 matmuls, " in line for line in lines)
+    assert main.main(["--plan", size, "--dtype", "float32", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert {found["strategy"] for found in plans.values()} == {"tokens"}

@@ -1,16 +1,21 @@
 """Examples in chunks and back, and the gradients that chunks add up."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._backends.head import Head, Labels, Layout, Wants, pull
-from jaxlosses._platform import take
+from jaxlosses._backends.head import Head, Labels, Matmul, Wants, pull
+from jaxlosses._platform import by_platform, take
 from jaxlosses._sharding import scan, typed_like
 from jaxlosses._types import Tree
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Plan:
     """How the logits are cut; static.
 
     Attributes:
-        layout: of the kernel.
+        matmul: how the logits are formed.
         num_chunks: of examples or of classes.
         axis: batch axis that is cut, where examples are.
         local: the examples are on one device. Those that count are moved to the front,
@@ -28,13 +33,48 @@ class Plan:
         kernel_pieces: in how many pieces of classes a chunk of examples adds to the
             gradient of the kernel. Where a matmul cannot add to what is there, its
             result is as large as the kernel.
+        piece: classes of a chunk of classes; None for equal chunks.
+        rounds: whether a matmul that has a part of the kernel's gradient to itself may
+            round it, too.
     """
 
-    layout: Layout
-    num_chunks: int
+    matmul: Matmul
+    num_chunks: int = 1
     axis: int = 0
     local: bool = False
     kernel_pieces: int = 1
+    piece: int | None = None
+    rounds: bool = False
+
+
+class Plans(NamedTuple):
+    """How the logits are cut on each platform."""
+
+    on_cpu: Plan
+    on_gpu: Plan
+    on_tpu: Plan
+
+    @classmethod
+    def of_all(cls, plan: Plan) -> "Plans":
+        """The same on all."""
+        return cls(plan, plan, plan)
+
+    def of(self, platform: str) -> Plan:
+        """The plan of a platform."""
+        plan: Plan = getattr(self, f"on_{platform}")
+        return plan
+
+    @property
+    def first(self) -> Plan:
+        """One of them: how logits are formed, and whether on one device, is common."""
+        return self.on_cpu
+
+    def run(self, function: Callable[..., Result], *args: object) -> Result:
+        """The result of `function(plan, *args)`, by the plan of the platform."""
+        on_cpu, on_gpu, on_tpu = (functools.partial(function, plan) for plan in self)
+        if self.on_cpu == self.on_gpu == self.on_tpu:
+            return on_cpu(*args)
+        return by_platform(on_cpu, on_gpu, *args, on_tpu=on_tpu)
 
 
 class Cut:
@@ -121,7 +161,7 @@ def add(
     """The cotangent of the hidden states, and the sums with those of the others."""
     in_pieces = wants.kernel and plan.kernel_pieces > 1
     once = wants._replace(kernel=wants.kernel and not in_pieces)
-    here = pull(plan.layout, head, d_logits, once)
+    here = pull(plan.matmul, head, d_logits, once)
     d_bias = jax.tree.map(jnp.add, sums.bias, here.bias)
     if not in_pieces:
         d_kernel = jax.tree.map(jnp.add, sums.kernel, here.kernel)
@@ -129,7 +169,7 @@ def add(
 
     classes = d_logits.shape[-1]
     size = -(-classes // plan.kernel_pieces)
-    axis = 1 if plan.layout == "dv" else 0
+    axis = 1 if plan.matmul.layout == "dv" else 0
 
     def body(d_kernel: Array, i: Array) -> tuple[Array, None]:
         start = jnp.minimum(i * size, classes - size)
@@ -137,7 +177,7 @@ def add(
         if size * plan.kernel_pieces != classes:  # the last pieces overlap
             fresh = start + jnp.arange(size, dtype=jnp.int32) >= i * size
             d_piece = jnp.where(jnp.broadcast_to(fresh, d_piece.shape), d_piece, 0)
-        d = pull(plan.layout, head, d_piece, Wants(False, True, False)).kernel
+        d = pull(plan.matmul, head, d_piece, Wants(False, True, False)).kernel
         so_far = lax.dynamic_slice_in_dim(d_kernel, start, size, axis)
         return lax.dynamic_update_slice_in_dim(d_kernel, so_far + d, start, axis), None
 

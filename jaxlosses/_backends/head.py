@@ -1,7 +1,8 @@
 """Logits as the product of hidden states and a kernel, and its cotangents.
 
-Matmuls run in the promoted dtype of hidden states and kernel, the *compute dtype*, and
-accumulate in float32 (float64 for float64); so do gradients, which are rounded once.
+Matmuls run in the *compute dtype*, the promoted one of hidden states and kernel unless
+another is given, and accumulate in float32 (float64 for float64); so do gradients,
+which are rounded once.
 """
 
 import functools
@@ -42,6 +43,23 @@ class Head(NamedTuple):
     bias: Float[Array, " V"] | None
 
 
+class Matmul(NamedTuple):
+    """How logits are formed; static.
+
+    Attributes:
+        layout: of the kernel.
+        dtype: the compute dtype.
+    """
+
+    layout: Layout
+    dtype: DType
+
+    @property
+    def accumulation(self) -> DType:
+        """The dtype of logits and of sums."""
+        return accumulation_dtype(self.dtype)
+
+
 class Labels(NamedTuple):
     """What belongs to each example, `B...`; masks of None stand for all of them."""
 
@@ -80,11 +98,13 @@ class Wants(NamedTuple):
     bias: bool
 
 
-def compute_dtype(head: Head) -> Tree:
-    """The dtype of all three matmuls."""
-    # What strict promotion refuses is documented here.
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(head.hidden.dtype, head.kernel.dtype)
+def matmul_of(layout: Layout, head: Head, dtype: DType | None = None) -> Matmul:
+    """Of a head, in a given dtype or the one that its factors promote to."""
+    if dtype is None:
+        # What strict promotion refuses is documented here.
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(head.hidden.dtype, head.kernel.dtype)
+    return Matmul(layout, jnp.dtype(dtype))
 
 
 def classes_of(layout: Layout, kernel: Shaped) -> Size:
@@ -93,36 +113,45 @@ def classes_of(layout: Layout, kernel: Shaped) -> Size:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def logits(layout: Layout, head: Head) -> Float[Array, "*B V"]:
+def logits(matmul: Matmul, head: Head) -> Float[Array, "*B V"]:
     """All logits, in the accumulation dtype."""
-    return project(layout, head)
+    return project(matmul, head)
 
 
-def _logits_fwd(layout: Layout, head: Head) -> tuple[Array, Head]:
-    return project(layout, head), head
+def _logits_fwd(matmul: Matmul, head: Head) -> tuple[Array, Head]:
+    return project(matmul, head), head
 
 
-def _logits_bwd(layout: Layout, head: Head, d_logits: Array) -> tuple[Head]:
-    d_head = pull(layout, head, d_logits, Wants(True, True, True))
+def _logits_bwd(matmul: Matmul, head: Head, d_logits: Array) -> tuple[Head]:
+    d_head = pull(matmul, head, d_logits, Wants(True, True, True))
     return (jax.tree.map(cotangent_like, d_head, head),)
 
 
 logits.defvjp(_logits_fwd, _logits_bwd)
 
 
-def project(layout: Layout, head: Head) -> Float[Array, "*B V"]:
+def project(matmul: Matmul, head: Head) -> Float[Array, "*B V"]:
     """The logits, by rules of JAX itself: for forward mode."""
     hidden, kernel, bias = head
-    dtype = compute_dtype(head)
-    out = _dot(hidden, kernel, (hidden.ndim - 1,), (0 if layout == "dv" else 1,), dtype)
+    features = (0 if matmul.layout == "dv" else 1,)
+    out = _dot(hidden, kernel, (hidden.ndim - 1,), features, matmul.dtype)
     if bias is None:
         return out
     return out + jnp.broadcast_to(bias.astype(out.dtype), out.shape)
 
 
-def pull(layout: Layout, head: Head, d_logits: Array, wants: Wants) -> Head:
-    """Cotangents of the head, those that are asked for, in the accumulation dtype."""
-    dtype = compute_dtype(head)
+def pull(
+    matmul: Matmul,
+    head: Head,
+    d_logits: Array,
+    wants: Wants,
+    kernel_dtype: DType | None = None,
+) -> Head:
+    """Cotangents of the head, those that are asked for, in the accumulation dtype.
+
+    The one of the kernel may be asked for in another, rounded by its matmul.
+    """
+    layout, dtype = matmul
     batch = tuple(range(d_logits.ndim - 1))
     d_hidden = d_kernel = d_bias = None
     # A float32 cotangent would have 16-bit operands converted to float32.
@@ -132,20 +161,25 @@ def pull(layout: Layout, head: Head, d_logits: Array, wants: Wants) -> Head:
         d_hidden = _dot(dz, head.kernel, (dz.ndim - 1,), classes, dtype)
     if wants.kernel:
         a, b = (head.hidden, dz) if layout == "dv" else (dz, head.hidden)
-        d_kernel = _dot(a, b, batch, batch, dtype)
+        d_kernel = _dot(a, b, batch, batch, dtype, kernel_dtype)
     if wants.bias and head.bias is not None:
         d_bias = jnp.sum(d_logits, batch)
     return Head(d_hidden, d_kernel, d_bias)
 
 
 def _dot(
-    a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: DType
+    a: Array,
+    b: Array,
+    a_axes: tuple[int, ...],
+    b_axes: tuple[int, ...],
+    dtype: DType,
+    out: DType | None = None,
 ) -> Array:
     return lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
         ((a_axes, b_axes), ((), ())),
-        preferred_element_type=accumulation_dtype(dtype),
+        preferred_element_type=out or accumulation_dtype(dtype),
     )
 
 

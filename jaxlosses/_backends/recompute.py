@@ -6,21 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxlosses._backends import choose
-from jaxlosses._backends.chunks import Cut, Plan, add
+from jaxlosses._backends.chunks import Cut, Plan, Plans, add
 from jaxlosses._backends.head import (
     NO_LABELS,
     Head,
     Labels,
     Product,
     Wants,
-    compute_dtype,
     expanded,
     inputs_of,
     project,
     squeezed,
 )
 from jaxlosses._math import gradient
-from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype
+from jaxlosses._math.classes import Inputs, Spec
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._types import Tree
@@ -31,11 +30,14 @@ class ByExamples:
     """Statistics of a product, by chunks of examples; see `Backend`."""
 
     spec: Spec
-    plan: Plan
+    plans: Plans
 
     def evaluate(self, product: Product) -> Statistics:
         """The logits of one chunk at a time."""
-        cut = Cut(self.plan, product.labels)
+        return self.plans.run(self._evaluate, product)
+
+    def _evaluate(self, plan: Plan, product: Product) -> Statistics:
+        cut = Cut(plan, product.labels)
 
         def body(carry: tuple[()], chunk: Tree) -> tuple[tuple[()], Statistics]:
             hidden, labels = chunk
@@ -55,12 +57,27 @@ class ByExamples:
         linear: bool,
     ) -> Tree:
         """The logits of each chunk again, and what it adds to the gradients."""
+
+        def run(plan: Plan, product: Product, kept: Statistics, g: Cotangents) -> Tree:
+            return self._pullback(plan, product, kept, g, wanted, linear)
+
+        return self.plans.run(run, product, kept, cotangents)
+
+    def _pullback(
+        self,
+        plan: Plan,
+        product: Product,
+        kept: Statistics,
+        cotangents: Cotangents,
+        wanted: Product,
+        linear: bool,
+    ) -> Tree:
         spec, head = self.spec, product.head
         wants = Wants(*map(bool, wanted.head))
         # Without smoothing, no statistic depends on class weights.
         by_class = bool(wanted.class_weights) and spec.smooth
-        cut = Cut(self.plan, product.labels)
-        acc = accumulation_dtype(compute_dtype(head))
+        cut = Cut(plan, product.labels)
+        acc = plan.matmul.accumulation
 
         def body(carry: tuple[Tree, ...], chunk: Tree) -> tuple[tuple[Tree, ...], Tree]:
             hidden, labels, kept, g = chunk
@@ -69,7 +86,7 @@ class ByExamples:
                 spec, inputs, expanded(spec, kept), expanded(spec, g), linear=linear
             )
             sums, *d_others = carry
-            here = add(self.plan, sums, own, d.logits, wants)
+            here = add(plan, sums, own, d.logits, wants)
             more = [
                 jax.tree.map(jnp.ravel, d.class_weights) if by_class else None,
                 d.scale if wanted.scale else None,
@@ -99,6 +116,6 @@ class ByExamples:
         self, product: Product, hidden: Tree, labels: Labels
     ) -> tuple[Inputs, Head]:
         head = product.head._replace(hidden=hidden)
-        z = project(self.plan.layout, head)
+        z = project(self.plans.first.matmul, head)
         _, class_weights, scale, _, exists = product
         return inputs_of(self.spec, z, labels, exists, class_weights, scale), head

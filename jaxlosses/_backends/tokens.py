@@ -12,16 +12,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
-from jaxlosses._backends.chunks import Cut, Plan, add
-from jaxlosses._backends.head import (
-    NO_LABELS,
-    Head,
-    Labels,
-    Wants,
-    compute_dtype,
-    project,
-)
-from jaxlosses._math.classes import accumulation_dtype
+from jaxlosses._backends.chunks import Cut, Plan, Plans, add
+from jaxlosses._backends.head import NO_LABELS, Head, Labels, Wants, project
 from jaxlosses._rules import cotangent_like, values_and_wanted
 from jaxlosses._sharding import typed_like
 from jaxlosses._types import Tree
@@ -53,26 +45,26 @@ LossOf = Callable[
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def summed(plan: Plan, loss_of: LossOf, operands: Operands) -> tuple[Array, Tree]:
+def summed(plans: Plans, loss_of: LossOf, operands: Operands) -> tuple[Array, Tree]:
     """The sum of the losses, and what `loss_of` keeps of each example.
 
     Differentiated, it forms every gradient that is asked for in its one pass over the
     chunks, and applies the cotangent of the sum to them afterwards.
     """
-    return _sum_and_gradient(plan, loss_of, operands, None)[0]
+    return _sum_and_gradient(plans, loss_of, operands, None)[0]
 
 
-def _summed_fwd(plan: Plan, loss_of: LossOf, marked: Operands) -> tuple[Tree, Tree]:
+def _summed_fwd(plans: Plans, loss_of: LossOf, marked: Operands) -> tuple[Tree, Tree]:
     operands, flags = values_and_wanted(marked)
     wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
-    out, gradient = _sum_and_gradient(plan, loss_of, operands, wanted)
+    out, gradient = _sum_and_gradient(plans, loss_of, operands, wanted)
     return out, (operands, gradient)
 
 
 def _summed_bwd(
-    plan: Plan, loss_of: LossOf, residuals: tuple[Operands, Operands], g: Tree
+    plans: Plans, loss_of: LossOf, residuals: tuple[Operands, Operands], g: Tree
 ) -> tuple[Operands]:
-    del plan, loss_of
+    del plans, loss_of
     operands, gradient = residuals
     total = g[0]
     if isinstance(total, SymbolicZero):
@@ -88,15 +80,25 @@ summed.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
 
 
 def _sum_and_gradient(
-    plan: Plan, loss_of: LossOf, operands: Operands, wanted: Operands | None
+    plans: Plans, loss_of: LossOf, operands: Operands, wanted: Operands | None
 ) -> tuple[tuple[Array, Tree], Operands]:
     """The sum, what is kept, and the gradient in the accumulation dtype.
 
     The gradient has the structure of the operands, with None where none is wanted.
     """
+
+    def run(plan: Plan, operands: Operands) -> tuple[tuple[Array, Tree], Operands]:
+        return _in_chunks(plan, loss_of, operands, wanted)
+
+    return plans.run(run, operands)
+
+
+def _in_chunks(
+    plan: Plan, loss_of: LossOf, operands: Operands, wanted: Operands | None
+) -> tuple[tuple[Array, Tree], Operands]:
     head, shared, rows, labels, exists = operands
     cut = Cut(plan, labels)
-    acc = accumulation_dtype(compute_dtype(head))
+    acc = plan.matmul.accumulation
     # A sum over devices belongs after the loop: inside it, what is shared counts as
     # the part of each device.
     shared = jax.tree.map(lambda a: typed_like(a, head.hidden), shared)
@@ -113,7 +115,7 @@ def _sum_and_gradient(
         total, sums, d_shared = carry
         hidden, row, ids = chunk
         own = head._replace(hidden=hidden)
-        z = project(plan.layout, own)
+        z = project(plan.matmul, own)
 
         def loss(
             z_in: Array | None, shared_in: list[Tree], row_in: list[Tree]

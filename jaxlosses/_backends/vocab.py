@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._backends.chunks import Plan
+from jaxlosses._backends.chunks import Plan, Plans
 from jaxlosses._backends.head import (
     NO_LABELS,
     Head,
     Product,
     Wants,
     classes_of,
-    compute_dtype,
     expanded,
     inputs_of,
     project,
@@ -33,14 +32,13 @@ from jaxlosses._math.classes import (
     Uniform,
     Values,
     Whole,
-    accumulation_dtype,
     uniform_of,
 )
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Partial, Statistics
 from jaxlosses._platform import by_platform, put, take
-from jaxlosses._sharding import scan
-from jaxlosses._types import DType, Tree
+from jaxlosses._sharding import scan, summed_like, varying_axes
+from jaxlosses._types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +46,24 @@ class ByClasses:
     """Statistics of a product, by chunks of classes; see `Backend`."""
 
     spec: Spec
-    plan: Plan
+    plans: Plans
 
     def evaluate(self, product: Product) -> Statistics:
         """What each chunk has, merged with what was there before."""
-        on_cpu = functools.partial(self._evaluate, statistics.partial)
+        return self.plans.run(self._by_plan, product)
+
+    def _by_plan(self, plan: Plan, product: Product) -> Statistics:
+        on_cpu = functools.partial(self._evaluate, plan, statistics.partial)
         if self.spec.softcap is not None:  # as in `choose.evaluate`
             return on_cpu(product)
         # The reduction may be one with the matmul, and no logit written.
-        once = functools.partial(self._evaluate, online.partial)
+        once = functools.partial(self._evaluate, plan, online.partial)
         return by_platform(on_cpu, once, product)
 
     def _evaluate(
-        self, partial: Callable[..., Partial], product: Product
+        self, plan: Plan, partial: Callable[..., Partial], product: Product
     ) -> Statistics:
-        spec, pieces = self.spec, _Pieces(self.spec, self.plan, product)
+        spec, pieces = self.spec, _Pieces(self.spec, plan, product)
         whole = _inputs(spec, None, product)
 
         def of(i: Array) -> Partial:
@@ -92,12 +93,27 @@ class ByClasses:
         linear: bool,
     ) -> Tree:
         """The logits of each chunk again, and its part of the gradients."""
+
+        def run(plan: Plan, product: Product, kept: Statistics, g: Cotangents) -> Tree:
+            return self._pullback(plan, product, kept, g, wanted, linear)
+
+        return self.plans.run(run, product, kept, cotangents)
+
+    def _pullback(
+        self,
+        plan: Plan,
+        product: Product,
+        kept: Statistics,
+        cotangents: Cotangents,
+        wanted: Product,
+        linear: bool,
+    ) -> Tree:
         spec, head = self.spec, product.head
         wants = Wants(*map(bool, wanted.head))
         # Without smoothing, no statistic depends on class weights.
         by_class = bool(wanted.class_weights) and spec.smooth
-        pieces = _Pieces(spec, self.plan, product)
-        acc = accumulation_dtype(compute_dtype(head))
+        pieces = _Pieces(spec, plan, product)
+        acc = plan.matmul.accumulation
         kept, g = expanded(spec, kept), expanded(spec, cotangents)
 
         def body(carry: Product, i: Array) -> tuple[Product, None]:
@@ -105,7 +121,12 @@ class ByClasses:
             d = gradient.pullback(
                 pieces.spec, piece.inputs, kept, g, linear=linear, uniform=piece.uniform
             )
-            here = pull(self.plan.layout, piece.head, d.logits, wants)
+            # Devices add up what each has of a piece before they round it.
+            apart = varying_axes(d.logits) - varying_axes(head.kernel)
+            rounded = head.kernel.dtype if plan.rounds and not apart else None
+            here = pull(plan.matmul, piece.head, d.logits, wants, rounded)
+            if here.kernel is not None and head.kernel.dtype != acc:
+                here = here._replace(kernel=summed_like(here.kernel, head.kernel))
 
             def placed(a: Tree, part: Tree, axis: int = 0) -> Tree:
                 if a is None:
@@ -128,13 +149,17 @@ class ByClasses:
                 d_scale = d_scale + d.scale
             return Product(d_head, d_class_weights, d_scale, NO_LABELS, None), None
 
-        def zeros(like: Tree, want: bool, dtype: DType = acc) -> Tree:
-            return jnp.zeros_like(like, dtype=dtype) if want else None
+        def zeros(like: Tree, want: bool) -> Tree:
+            return jnp.zeros_like(like, dtype=acc) if want else None
+
+        def unwritten(like: Array) -> Array:
+            # Of the kernel's size; the pieces write every entry of it.
+            return jnp.zeros_like(like) if linear else lax.empty(like.shape, like.dtype)
 
         start = Product(
             Head(
                 zeros(head.hidden, wants.hidden),
-                zeros(head.kernel, wants.kernel, head.kernel.dtype),
+                unwritten(head.kernel) if wants.kernel else None,
                 zeros(head.bias, wants.bias),
             ),
             zeros(product.class_weights, by_class),
@@ -162,14 +187,14 @@ class _Pieces:
 
     def __init__(self, spec: Spec, plan: Plan, product: Product) -> None:
         head = product.head
-        self.axis = 1 if plan.layout == "dv" else 0
+        self.axis = 1 if plan.matmul.layout == "dv" else 0
         # What devices hold is merged once, after the loop.
         self.spec = dataclasses.replace(spec, shards=Whole())
-        self.num_classes = classes_of(plan.layout, head.kernel)
+        self.num_classes = classes_of(plan.matmul.layout, head.kernel)
         self.ids = jnp.arange(plan.num_chunks, dtype=jnp.int32)
         self._plan, self._product = plan, product
-        self._size = -(-self.num_classes // plan.num_chunks)
-        self._acc = accumulation_dtype(compute_dtype(head))
+        self._size = plan.piece or -(-self.num_classes // plan.num_chunks)
+        self._acc = plan.matmul.accumulation
         self._labels = product.labels.ids - spec.shards.first_id(self.num_classes)
         self._uniform: Uniform | None = None
         if spec.smooth:
@@ -197,7 +222,7 @@ class _Pieces:
             labels=product.labels._replace(ids=self._labels - start),
             exists=exists,
         )
-        inputs = _inputs(self.spec, project(self._plan.layout, head), here)
+        inputs = _inputs(self.spec, project(self._plan.matmul, head), here)
         target = uniform = None
         if self._uniform is not None:
             whole = self._uniform
