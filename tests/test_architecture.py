@@ -42,7 +42,7 @@ LAYERS = [
     {"_cross_entropy", "_softmax"},
     {"_linear"},
     {"_linear_cross_entropy", "_log_probs", "_planned"},
-    {"testing"},
+    {"testing", "_accuracy"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -66,7 +66,7 @@ MACHINERY |= {"psum", "pmax", "pmin", "all_gather", "axis_index", "axis_size"}
 
 RUNTIME = {"jax", "jaxlib", "numpy", "chex", "jaxtyping"}
 # Compared with when it is there, and only then imported.
-OPTIONAL = {"testing": {"optax"}, "__main__": {"optax"}}
+OPTIONAL = {"testing": {"optax"}, "_accuracy": {"optax"}}
 
 
 class Import(NamedTuple):

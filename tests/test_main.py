@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jaxlosses import __main__ as main
+from jaxlosses import _accuracy
 from jaxlosses._backends import plan
 
 
@@ -45,9 +46,9 @@ def test_every_error_is_within_its_bar_on_one_device() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "_OPTIONS", {"none": {}})
-    monkeypatch.setattr(main, "_CLASSES", (3,))
-    monkeypatch.setattr(main, "_MORE_CLASSES", ())
+    monkeypatch.setattr(_accuracy, "_OPTIONS", {"none": {}})
+    monkeypatch.setattr(_accuracy, "_CLASSES", (3,))
+    monkeypatch.setattr(_accuracy, "_MORE_CLASSES", ())
     monkeypatch.setattr(main, "_gradients", lambda: [{"loss": "none", "holds": True}])
     monkeypatch.setattr(main, "_timing", lambda: [{"shape": "none"}])
 
@@ -57,7 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exit_status_says_whether_all_held(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, bar: float, status: int
 ) -> None:
-    monkeypatch.setattr(main, "_bars", lambda dtype: (bar, bar))
+    monkeypatch.setattr(_accuracy, "_bars", lambda dtype: (bar, bar))
     assert main.main([]) == status
     text = capsys.readouterr().out
     assert ("every error is within its bar" in text) == (status == 0)
