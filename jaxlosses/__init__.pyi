@@ -35,12 +35,15 @@ class _Options(_Transform, total=False):
 class _OfIds(_Options, total=False):
     ignore_index: int | None
 
-class _Fused(_OfIds, total=False):
+class _Head(TypedDict, total=False):
     kernel_layout: Layout
     where: ArrayLike | None
     strategy: Strategy
     workspace_bytes: int | None
     compute_dtype: DTypeLike | None
+
+class _Fused(_OfIds, _Head, total=False): ...
+class _FusedLogProbs(_LogProbs, _Head, total=False): ...
 
 @overload
 def softmax_cross_entropy(
@@ -161,4 +164,34 @@ def softmax_log_probs(
     *,
     return_entropy: bool,
     **options: Unpack[_LogProbs],
+) -> Array | tuple[Array, Array]: ...
+@overload
+def linear_softmax_log_probs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[_FusedLogProbs],
+) -> Array: ...
+@overload
+def linear_softmax_log_probs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[_FusedLogProbs],
+) -> tuple[Array, Array]: ...
+@overload
+def linear_softmax_log_probs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_entropy: bool,
+    **options: Unpack[_FusedLogProbs],
 ) -> Array | tuple[Array, Array]: ...

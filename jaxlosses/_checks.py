@@ -357,6 +357,20 @@ def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> Non
     )
 
 
+def strategy_of_examples(x: Given) -> Any:
+    """How a fused function of each example goes through the logits."""
+    _demand(
+        not isinstance(x, str) or x != "tokens",
+        ValueError,
+        "strategy",
+        '"tokens" with one result per example',
+        '"recompute", "vocab", "dense" or "auto"',
+        "It forms the gradient of a sum in one pass: for a sum or a mean call "
+        "linear_softmax_cross_entropy.",
+    )
+    return strategy(x)
+
+
 def workspace_bytes(x: Given) -> int | None:
     """Bytes that a chunk may take, or None."""
     if x is None:

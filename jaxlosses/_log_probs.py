@@ -2,12 +2,16 @@
 
 import math
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxlosses import _checks, _options
+from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
+from jaxlosses._backends.plan import Strategy
 from jaxlosses._checks import Given
 from jaxlosses._combine import Losses
 from jaxlosses._cross_entropy import Arrays, loss_on_logits
+from jaxlosses._linear import Fused, FusedArrays, fused_loss
 
 Values = Float[Array, "*B"]
 
@@ -89,7 +93,7 @@ def softmax_log_probs(
         axis_name=axis_name,
         forward_mode=forward_mode,
     )
-    return -out.loss if out.entropy is None else (-out.loss, out.entropy)
+    return _signed(out)
 
 
 @_checks.names_forward_mode
@@ -166,6 +170,117 @@ def softmax_entropy(
     )
     assert out.entropy is not None
     return out.entropy
+
+
+@_checks.names_forward_mode
+@_checks.has_own_messages
+def linear_softmax_log_probs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    ignore_index: int | None = None,
+    return_entropy: bool = False,
+    kernel_layout: Layout = "dv",
+    where: ArrayLike | None = None,
+    strategy: Strategy = "auto",
+    workspace_bytes: int | None = None,
+    compute_dtype: DTypeLike | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | Array = 1.0,
+    axis_name: str | tuple[str, ...] | None = None,
+    forward_mode: bool = False,
+) -> Values | tuple[Values, Values]:
+    """Log-probabilities and entropies of `hidden @ kernel + bias`, without the logits.
+
+    For each example with label `y`:
+
+        z = hidden @ kernel + bias
+        log_prob = z_y - lse,    lse = log Σ_j exp z_j
+
+    They are minus the losses of `linear_softmax_cross_entropy`, to the bit.
+
+    Args:
+        `hidden`, `kernel`, `labels`, `bias`: as in `linear_softmax_cross_entropy`; no
+            distributions.
+        `ignore_index`: as in `softmax_cross_entropy_with_integer_labels`.
+        `return_entropy`: as in `softmax_log_probs`.
+        `kernel_layout`, `where`: as in `linear_softmax_cross_entropy`.
+        strategy: as of `linear_softmax_cross_entropy`, but for `"tokens"`, which forms
+            the gradient of a sum. `"auto"` takes `"dense"`, `"vocab"` or `"recompute"`.
+        `workspace_bytes`, `compute_dtype`: as in `linear_softmax_cross_entropy`.
+        `logit_softcap`, `logit_scale`: as in
+            `softmax_cross_entropy_with_integer_labels`.
+        `axis_name`, `forward_mode`: as in `linear_softmax_cross_entropy`.
+
+    Returns:
+        Log-probabilities in nats, `B...`; float64 if hidden or kernel are, else
+        float32. With `return_entropy`, the pair `(log_probs, entropies)`, for the same
+        matmuls.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape or range, or a strategy cannot do
+            what is asked for.
+
+    Values:
+        As in `softmax_log_probs`.
+
+    Differentiation:
+        As in `linear_softmax_cross_entropy`, by `hidden`, `kernel`, `bias` and
+        `logit_scale`, through both results.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> hidden, embedding = jnp.eye(2, 4), jnp.eye(3, 4)
+        >>> log_probs, entropies = jl.linear_softmax_log_probs(
+        ...     hidden,
+        ...     embedding,
+        ...     jnp.array([0, 2]),
+        ...     kernel_layout="vd",
+        ...     return_entropy=True,
+        ... )
+        >>> print(*(f"{x:.4f}" for x in [*log_probs, *entropies]))
+        -0.5514 -1.5514 0.9753 0.9753
+
+    Source:
+        Wijmans et al. 2025, *Cut Your Losses in Large-Vocabulary Language Models*
+        (arXiv:2411.09009), for the classes in chunks.
+    """
+    hidden = _checks.hidden(hidden)
+    batch, features = hidden.shape[:-1], hidden.shape[-1]
+    kernel = _checks.kernel(kernel, kernel_layout, features)
+    classes = classes_of(kernel_layout, kernel)
+    axes = (len(batch),)
+    labels, ignored = _checks.integer_labels(
+        labels, (*batch, classes), axes, ignore_index, fused=True
+    )
+    masks = _checks.fused_where(where, classes, batch)
+    static, options = _options.check_transform(
+        axes,
+        batch,
+        classes,
+        ignored=ignored,
+        return_entropy=return_entropy,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+    )
+    _checks.split_over(static.axis_name, "kernel", kernel)
+    asked = _checks.strategy_of_examples(strategy)
+    workspace = _checks.workspace_bytes(workspace_bytes)
+    head = Head(hidden, kernel, _checks.bias(bias, classes))
+    matmul = matmul_of(kernel_layout, head, _checks.compute_dtype(compute_dtype))
+    fused = Fused(static, matmul, asked, workspace)
+    return _signed(fused_loss(fused, FusedArrays(head, labels, *masks, options)))
+
+
+def _signed(out: Losses) -> Values | tuple[Values, Values]:
+    """Log-probabilities, which are minus the losses, and what is beside them."""
+    return -out.loss if out.entropy is None else (-out.loss, out.entropy)
 
 
 def _run(

@@ -18,15 +18,15 @@ Loss = Callable[..., Any]
 STRATEGIES = ("tokens", "recompute", "vocab", "dense")
 
 
-def fused(strategy: str) -> Loss:
-    """The fused loss as a function of logits: of an identity for a kernel.
+def fused(strategy: str, function: Loss = jl.linear_softmax_cross_entropy) -> Loss:
+    """A fused function as one of logits: of an identity for a kernel.
 
     A product with the identity is exact. There are several chunks.
     """
 
     def loss(logits: Any, labels: Any, **options: Any) -> Any:
         kernel = jnp.eye(np.shape(logits)[-1], dtype=jnp.float32)
-        return jl.linear_softmax_cross_entropy(
+        return function(
             logits, kernel, labels, strategy=strategy, workspace_bytes=64, **options
         )
 
@@ -40,7 +40,13 @@ TAKE_IDS: dict[str, Loss] = {
 }
 LOSSES: dict[str, Loss] = {"dense": jl.softmax_cross_entropy, **TAKE_IDS}
 # Functions that also return an entropy, of logits and labels.
-LOG_PROBS: dict[str, Loss] = {"logits": jl.softmax_log_probs}
+LOG_PROBS: dict[str, Loss] = {
+    "logits": jl.softmax_log_probs,
+    **{
+        f"fused, {strategy}": fused(strategy, jl.linear_softmax_log_probs)
+        for strategy in STRATEGIES[1:]
+    },
+}
 
 
 # Which cases `make test` has

@@ -27,6 +27,7 @@ NAN, INF = math.nan, math.inf
 integer = jl.softmax_cross_entropy_with_integer_labels
 dense = jl.softmax_cross_entropy
 linear = jl.linear_softmax_cross_entropy
+linear_log_probs = jl.linear_softmax_log_probs
 DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     integer: {"logits": LOGITS, "labels": IDS},
     dense: {"logits": LOGITS, "labels": DISTRIBUTIONS},
@@ -34,7 +35,10 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     jl.log_softmax: {"logits": LOGITS},
     linear: {"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V)), "labels": IDS},
     testing.plan: {"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V))},
+    jl.softmax_log_probs: {"logits": LOGITS, "labels": IDS},
+    jl.softmax_entropy: {"logits": LOGITS},
 }
+DEFAULTS[linear_log_probs] = DEFAULTS[linear]
 
 
 class Mistake(NamedTuple):
@@ -548,6 +552,20 @@ MISTAKES = {
         TypeError,
         "forward_mode: got an array of shape () and dtype bool, expected True or "
         "False. " + STATIC.format("forward_mode"),
+    ),
+    "return_entropy None": Mistake(
+        jl.softmax_log_probs,
+        {"return_entropy": None},
+        TypeError,
+        f"return_entropy: got None of type NoneType, expected {FLAG}",
+    ),
+    "log-probabilities by tokens": Mistake(
+        linear_log_probs,
+        {"strategy": "tokens"},
+        ValueError,
+        'strategy: got "tokens" with one result per example, expected "recompute", '
+        '"vocab", "dense" or "auto". It forms the gradient of a sum in one pass: for a '
+        "sum or a mean call linear_softmax_cross_entropy.",
     ),
     "return_stats None": Mistake(
         integer,

@@ -27,6 +27,7 @@ LOSSES = {
 }
 LOG_PROBS = {
     "softmax_log_probs": "x, x, (0, 1), where=x, ignore_index=-100, logit_scale=2.0",
+    "linear_softmax_log_probs": "x, x, x, bias=None, where=x, strategy='vocab'",
 }
 # What decides about the result, and what comes beside it.
 FLAGS = dict.fromkeys(LOSSES, ("return_stats", "Stats"))
@@ -87,6 +88,8 @@ def fields(name: str) -> dict[str, str]:
             for base in node.bases:
                 found |= fields(ast.unparse(base))
             for field in node.body:
+                if isinstance(field, ast.Expr):  # nothing of its own
+                    continue
                 assert isinstance(field, ast.AnnAssign)
                 found[ast.unparse(field.target)] = ast.unparse(field.annotation)
     return found
