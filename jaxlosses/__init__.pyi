@@ -31,6 +31,8 @@ class _Options(_Transform, total=False):
     z_loss: float | Array
     weights: ArrayLike | None
     reduction: Reduction
+    normalizer: float | Array | None
+    batch_axis_name: str | tuple[str, ...] | None
 
 class _OfIds(_Options, total=False):
     ignore_index: int | None

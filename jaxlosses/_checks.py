@@ -512,6 +512,55 @@ def axis_name(x: Given) -> tuple[str, ...]:
     return _mesh_axes("axis_name", x, "classes", "model")
 
 
+def batch_axis_name(
+    x: Given, axis_name: tuple[str, ...], reduction: Given
+) -> tuple[str, ...]:
+    """Mesh axes over which the examples are split; () for none."""
+    names = _mesh_axes("batch_axis_name", x, "examples", "data")
+    _demand(
+        not names or reduction != "none",
+        ValueError,
+        "batch_axis_name",
+        f'{x!r} with reduction="none"',
+        'reduction="sum" or "mean"',
+        "One loss per example stays where the example is.",
+    )
+    _demand(
+        not set(names) & set(axis_name),
+        ValueError,
+        "batch_axis_name",
+        repr(x),
+        f"other mesh axes than axis_name={axis_name!r}",
+        "An axis splits the classes or the examples.",
+    )
+    return names
+
+
+def normalizer(x: Given, reduction: Given) -> Any:
+    """What a mean divides by, or None for its weights."""
+    if x is None:
+        return None
+    x = _held(x)
+    expected = "a finite number of 0 or more, a traced scalar, or None"
+    fix = "Pass the number of tokens of all steps, say, or None for those of this call."
+    if _is_number(x):
+        good = bool(0 <= x < math.inf)
+        _demand(good, ValueError, "normalizer", repr(x), expected, fix)
+    else:
+        good = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0
+        good = good and _is_real(x.dtype)
+        _demand(good, TypeError, "normalizer", _describe(x), expected, fix)
+    _demand(
+        reduction == "mean",
+        ValueError,
+        "normalizer",
+        f'one with reduction="{reduction}"',
+        'reduction="mean"',
+        "A sum divides by nothing.",
+    )
+    return x
+
+
 def _mesh_axes(argument: str, x: Given, what: str, example: str) -> tuple[str, ...]:
     """Mesh axes of a `shard_map` over which something is split; () for none."""
     names = x if isinstance(x, tuple) else () if x is None else (x,)
@@ -571,15 +620,16 @@ def _mesh_axes(argument: str, x: Given, what: str, example: str) -> tuple[str, .
     return names
 
 
-def split_over(names: tuple[str, ...], argument: str, x: Array) -> None:
-    """Scores that are not known to be the same wherever their classes are split."""
+def split_over(option: str, names: tuple[str, ...], argument: str, x: Array) -> None:
+    """What is not known to be the same wherever its classes or examples are split."""
+    what = "classes" if option == "axis_name" else "examples"
     for name in names:
         _demand(
             name in _varying_axes(x) or jax.lax.axis_size(name) == 1,
             ValueError,
-            "axis_name",
+            option,
             f"{name!r}, over which {argument} is the same everywhere",
-            f"a mesh axis that splits the classes of {argument}",
+            f"a mesh axis that splits the {what} of {argument}",
             "Name it in the in_specs of shard_map, and leave check_vma=False out of "
             "every shard_map around; parts that are meant to be the same are marked "
             f'by jax.lax.pcast({argument}, {name!r}, to="varying").',

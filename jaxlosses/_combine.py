@@ -31,6 +31,8 @@ class Stats(NamedTuple):
         predicted: arg max over the classes that exist, the lowest id of a tie; -1 for
             an example with a NaN or without a class.
         correct: whether `predicted` is the label (dense: the arg max of the labels).
+        weight: its term of the mean's denominator: `weights * w_y` for a label `y` of
+            class weight `w_y`, `weights` for dense labels.
     """
 
     lse: Float[Array, "*B"]
@@ -38,6 +40,7 @@ class Stats(NamedTuple):
     z_loss: Float[Array, "*B"]
     predicted: Integer[Array, "*B"]
     correct: Bool[Array, "*B"]
+    weight: Float[Array, "*B"]
 
 
 # The loss, and with `return_stats` its metrics.
@@ -141,7 +144,11 @@ def losses(
         z_loss = penalty(coefficients.z_loss, terms.lse)
     correct = (found.predicted == label_ids(spec, inputs)) & (found.predicted >= 0)
     correct = squeezed(correct if inputs.counted is None else correct & inputs.counted)
-    stats = Stats(terms.lse, nll, z_loss, squeezed(found.predicted), correct)
+    weight = lax.stop_gradient(_weights(example, nll))
+    if example.label_weights is not None:
+        weight = weight * lax.stop_gradient(example.label_weights)
+    predicted = squeezed(found.predicted)
+    stats = Stats(terms.lse, nll, z_loss, predicted, correct, weight)
     if example.weights is None:
         return Losses(loss, stats, entropy)
     on = example.weights != 0
@@ -192,15 +199,21 @@ def masses(
     coefficients: Coefficients, example: Example, like: Float[Array, "*B"]
 ) -> Masses:
     """Denominators of a mean; the arrays of the example may be of fewer examples."""
-    weights = jnp.ones_like(like)
-    if example.weights is not None:
-        weights = weights * example.weights
-    if example.counted is not None:
-        weights = jnp.where(example.counted, weights, 0)
+    weights = _weights(example, like)
     if example.label_weights is None:
         return Masses(jnp.sum(weights), None)
     apart = None if coefficients.z_loss is None else jnp.sum(weights)
     return Masses(jnp.sum(weights * example.label_weights), apart)
+
+
+def _weights(example: Example, like: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Of each example, 0 where it does not count."""
+    weights = jnp.ones_like(like)
+    if example.weights is not None:
+        weights = weights * example.weights
+    if example.counted is None:
+        return weights
+    return jnp.where(example.counted, weights, 0)
 
 
 def for_mean(coefficients: Coefficients, masses: Masses | None) -> Coefficients:

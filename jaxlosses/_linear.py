@@ -19,7 +19,7 @@ from jaxlosses._backends.plan import Strategy
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
 from jaxlosses._combine import Coefficients, Example, Losses
-from jaxlosses._cross_entropy import Arrays, loss_on_logits
+from jaxlosses._logits import Arrays, loss_on_logits
 from jaxlosses._math.classes import Spec, any_class
 from jaxlosses._options import Options, Static
 from jaxlosses._types import DType, Tree
@@ -81,10 +81,11 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         labels=(*batch, *every) if on_logits.spec.dense else batch,
         where=every,
         examples=batch,
-        options=of_options(every, batch, (), (), ()),
+        options=of_options(every, batch, (), (), (), ()),
     )
     # Inside a `shard_map` over other axes, the caller may have split the classes.
-    part = on_logits.over((*on_logits.axis_name, *split), over)
+    batch_axes = (*on_logits.batch_axes, *over)
+    part = on_logits.over((*on_logits.axis_name, *split), batch_axes)
     run = functools.partial(_run, dataclasses.replace(static, on_logits=part))
     of_examples: Tree = P(*batch)
     of_sum: Tree = P()
@@ -159,7 +160,7 @@ def _in_chunks(
     coefficients, scale = options.coefficients(dtype), options.scale(dtype)
     class_weights = options.class_weights if spec.smooth else None
     like = jnp.zeros(labels.ids.shape, dtype)
-    masses = _options.masses_of(on_logits, coefficients, example, like)
+    masses = _options.masses_of(on_logits, options, coefficients, example, like)
     weighed = _combine.for_mean(coefficients, masses)
 
     if way == "tokens":

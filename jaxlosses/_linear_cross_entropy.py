@@ -31,7 +31,9 @@ def linear_softmax_cross_entropy(
     logit_scale: float | Array = 1.0,
     weights: ArrayLike | None = None,
     reduction: Reduction = "none",
+    normalizer: float | Array | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    batch_axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
     return_stats: bool = False,
 ) -> Result:
@@ -103,8 +105,8 @@ def linear_softmax_cross_entropy(
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
         `ignore_index`, `class_weights`, `label_smoothing`, `z_loss`, `logit_softcap`,
-        `logit_scale`, `reduction`, `return_stats`: as in
-        `softmax_cross_entropy_with_integer_labels`.
+        `logit_scale`, `reduction`, `normalizer`, `batch_axis_name`, `return_stats`:
+        as in `softmax_cross_entropy_with_integer_labels`.
 
     Returns:
         The loss in nats: `B...`, or a scalar if reduced; float64 if hidden or kernel
@@ -176,11 +178,14 @@ def linear_softmax_cross_entropy(
         logit_scale=logit_scale,
         weights=weights,
         reduction=reduction,
+        normalizer=normalizer,
         axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
-    _checks.split_over(static.axis_name, "kernel", kernel)
+    _checks.split_over("axis_name", static.axis_name, "kernel", kernel)
+    _checks.split_over("batch_axis_name", static.batch_axes, "hidden", hidden)
     asked = _checks.strategy(strategy)
     _checks.suits(asked, static.reduction, dense, static.forward_mode)
     workspace = _checks.workspace_bytes(workspace_bytes)

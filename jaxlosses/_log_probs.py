@@ -10,8 +10,8 @@ from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._checks import Given
 from jaxlosses._combine import Losses
-from jaxlosses._cross_entropy import Arrays, loss_on_logits
 from jaxlosses._linear import Fused, FusedArrays, fused_loss
+from jaxlosses._logits import Arrays, loss_on_logits
 
 Values = Float[Array, "*B"]
 
@@ -269,7 +269,7 @@ def linear_softmax_log_probs(
         axis_name=axis_name,
         forward_mode=forward_mode,
     )
-    _checks.split_over(static.axis_name, "kernel", kernel)
+    _checks.split_over("axis_name", static.axis_name, "kernel", kernel)
     asked = _checks.strategy_of_examples(strategy)
     workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
@@ -295,5 +295,5 @@ def _run(
     masks = _checks.where(where, shape, axes)
     num_classes = math.prod(shape[axis] for axis in axes)
     static, checked = _options.check_transform(axes, batch, num_classes, **options)
-    _checks.split_over(static.axis_name, "logits", logits)
+    _checks.split_over("axis_name", static.axis_name, "logits", logits)
     return loss_on_logits(static, Arrays(logits, labels, *masks, checked))

@@ -68,6 +68,7 @@ class Options(NamedTuple):
     label_smoothing: float | Array | None
     z_loss: float | Array | None
     logit_scale: float | Array | None
+    normalizer: float | Array | None = None
 
     def coefficients(self, dtype: DType) -> Coefficients:
         """Of the terms of a loss."""
@@ -96,19 +97,24 @@ def check(
     logit_scale: Given,
     weights: Given,
     reduction: Given,
+    normalizer: Given = None,
     axis_name: Given,
+    batch_axis_name: Given = None,
     forward_mode: Given,
     return_stats: Given,
 ) -> tuple[Static, Options]:
     """Both halves of the record, from options as the caller gave them."""
+    reduction = _checks.reduction(reduction)
     options = Options(
         class_weights=_checks.class_weights(class_weights, num_classes),
         weights=_checks.weights(weights, batch),
         label_smoothing=_checks.label_smoothing(label_smoothing),
         z_loss=_checks.z_loss(z_loss),
         logit_scale=_checks.logit_scale(logit_scale),
+        normalizer=_checks.normalizer(normalizer, reduction),
     )
     names = _checks.axis_name(axis_name)
+    over = _checks.batch_axis_name(batch_axis_name, names, reduction)
     spec = Spec(
         axes=axes,
         dense=dense,
@@ -118,9 +124,8 @@ def check(
         predicted=_checks.flag("return_stats", return_stats),
         shards=shards_over(names),
     )
-    reduction = _checks.reduction(reduction)
     forward_mode = _checks.flag("forward_mode", forward_mode)
-    return Static(spec, ignored, reduction, forward_mode, names), options
+    return Static(spec, ignored, reduction, forward_mode, names, over), options
 
 
 def check_transform(
@@ -211,6 +216,7 @@ def weights_of_labels(
 
 def masses_of(
     static: Static,
+    options: Options,
     coefficients: Coefficients,
     example: Example,
     like: Float[Array, "..."],
@@ -218,6 +224,9 @@ def masses_of(
     """What a mean divides by, which is known before its logits; None for no mean."""
     if static.reduction != "mean":
         return None
+    given = _of(options.normalizer, like.dtype)
+    if given is not None:
+        return Masses(given, None)
     masses = _combine.masses(coefficients, example, like)
     return lax.psum(masses, static.batch_axes) if static.batch_axes else masses
 

@@ -39,9 +39,9 @@ LAYERS = [
     {"_backends.chunks", "_backends.cpu"},
     {"_backends.choose", "_backends.plan", "_backends.tokens", "_backends.vocab"},
     {"_backends.logits", "_backends.recompute"},
-    {"_cross_entropy", "_softmax"},
+    {"_logits", "_softmax"},
     {"_linear"},
-    {"_linear_cross_entropy", "_log_probs", "_planned"},
+    {"_cross_entropy", "_linear_cross_entropy", "_log_probs", "_planned"},
     {"testing", "_accuracy"},
     {"__main__"},
 ]

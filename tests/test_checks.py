@@ -73,6 +73,9 @@ MESH_AXIS = (
     "a mesh axis name, a tuple of them, or None. Name the axis that splits the "
     'classes inside shard_map: axis_name="model".'
 )
+TOKENS_OF_ALL = (
+    "Pass the number of tokens of all steps, say, or None for those of this call."
+)
 FLAG = "True or False. It is static: pass a Python bool."
 
 DV = 'kernel_layout="dv" is (features, classes).'
@@ -539,6 +542,35 @@ MISTAKES = {
         {"axis_name": ("model", 1)},
         TypeError,
         f"axis_name: got ('model', 1), expected {MESH_AXIS}",
+    ),
+    "negative normalizer": Mistake(
+        integer,
+        {"normalizer": -1.0, "reduction": "mean"},
+        ValueError,
+        "normalizer: got -1.0, expected a finite number of 0 or more, a traced scalar, "
+        "or None. " + TOKENS_OF_ALL,
+    ),
+    "normalizer per example": Mistake(
+        dense,
+        {"normalizer": zeros((4,)), "reduction": "mean"},
+        TypeError,
+        "normalizer: got an array of shape (4,) and dtype float32, expected a finite "
+        "number of 0 or more, a traced scalar, or None. " + TOKENS_OF_ALL,
+    ),
+    "normalizer of a sum": Mistake(
+        linear,
+        {"normalizer": 8, "reduction": "sum"},
+        ValueError,
+        'normalizer: got one with reduction="sum", expected reduction="mean". A sum '
+        "divides by nothing.",
+    ),
+    "batch_axis_name as a number": Mistake(
+        integer,
+        {"batch_axis_name": 0, "reduction": "sum"},
+        TypeError,
+        "batch_axis_name: got 0, expected a mesh axis name, a tuple of them, or None. "
+        "Name the axis that splits the examples inside shard_map: "
+        'batch_axis_name="data".',
     ),
     "forward_mode as an integer": Mistake(
         integer,
