@@ -9,9 +9,11 @@ from jaxlosses._cross_entropy import (
 from jaxlosses._linear_cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
 )
+from jaxlosses._linear_loss import linear_softmax_loss as linear_softmax_loss
 from jaxlosses._log_probs import linear_softmax_log_probs as linear_softmax_log_probs
 from jaxlosses._log_probs import softmax_entropy as softmax_entropy
 from jaxlosses._log_probs import softmax_log_probs as softmax_log_probs
+from jaxlosses._rows import Rows as Rows
 from jaxlosses._softmax import log_softmax as log_softmax
 from jaxlosses._softmax import softmax as softmax
 

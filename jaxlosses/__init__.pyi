@@ -1,6 +1,7 @@
 """What type checkers and editors see: overloads on `return_stats` beside the names."""
 
-from typing import Literal, TypedDict, Unpack, overload
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
@@ -11,6 +12,7 @@ from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Reduction
 from jaxlosses._combine import Stats as Stats
 from jaxlosses._log_probs import softmax_entropy as softmax_entropy
+from jaxlosses._rows import Rows as Rows
 from jaxlosses._softmax import log_softmax as log_softmax
 from jaxlosses._softmax import softmax as softmax
 
@@ -45,6 +47,18 @@ class _Head(TypedDict, total=False):
     compute_dtype: DTypeLike | None
 
 class _Fused(_OfIds, _Head, total=False): ...
+
+class _OfRows(_Transform, _Head, total=False):
+    bias: ArrayLike | None
+    ignore_index: int | None
+    uses_entropy: bool
+    weights: ArrayLike | None
+    reduction: Literal["sum", "mean"]
+    normalizer: float | Array | None
+    batch_axis_name: str | tuple[str, ...] | None
+
+_Aux = TypeVar("_Aux")
+
 class _FusedLogProbs(_LogProbs, _Head, total=False): ...
 
 @overload
@@ -197,3 +211,21 @@ def linear_softmax_log_probs(
     return_entropy: bool,
     **options: Unpack[_FusedLogProbs],
 ) -> Array | tuple[Array, Array]: ...
+@overload
+def linear_softmax_loss(
+    function: Callable[..., Array],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *args: Any,
+    **options: Unpack[_OfRows],
+) -> Array: ...
+@overload
+def linear_softmax_loss(
+    function: Callable[..., tuple[Array, _Aux]],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *args: Any,
+    **options: Unpack[_OfRows],
+) -> tuple[Array, _Aux]: ...

@@ -371,6 +371,101 @@ def strategy_of_examples(x: Given) -> Any:
     return strategy(x)
 
 
+def function(x: Given) -> Any:
+    """A loss of the statistics."""
+    _demand(
+        callable(x),
+        TypeError,
+        "function",
+        _describe(x),
+        "a function of Rows and args",
+        "Pass, say, lambda rows: rows.nll.",
+    )
+    try:
+        hash(x)
+    except TypeError:
+        _demand(
+            False,
+            TypeError,
+            "function",
+            f"a {type(x).__name__} that cannot be hashed",
+            "a function of Rows and args",
+            "Wrap it in one: lambda rows, *args: f(rows, *args).",
+        )
+    return x
+
+
+def function_args(x: tuple[Given, ...], batch: Shape) -> Any:
+    """What a loss of the statistics takes of each example."""
+
+    def of(path: Any, leaf: Given) -> Array:
+        name = "args" + jax.tree_util.keystr(path)
+        leaf = _array(name, leaf)
+        fix = "Give one entry per example, and let function close over what all share."
+        expected = f"{batch}, one per example"
+        _demand_shape(name, leaf, batch, expected, fix)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(
+        of, jax.tree.map(_held, x, is_leaf=_is_held)
+    )
+
+
+def of_function(values: Given, aux: Given, batch: Shape) -> None:
+    """What a loss of the statistics returns: one number per example."""
+    good = hasattr(values, "dtype") and _is_real(values.dtype)
+    fix = "Compute it of each example by itself; the sum is taken outside."
+    expected = f"floating values of shape {batch}, one per example"
+    came = _describe(values)
+    _demand(good, TypeError, "function", f"{came} as its result", expected, fix)
+    for leaf in (values, *jax.tree.leaves(aux)):
+        _demand(
+            leaf.shape == batch,
+            ValueError,
+            "function",
+            f"a result of shape {leaf.shape}",
+            f"{batch}, one number per example",
+            fix,
+        )
+
+
+def closes_over_nothing(closed: tuple[Array, ...]) -> None:
+    """A function that runs inside of a `shard_map` that it was not written in."""
+    _demand(
+        not closed,
+        ValueError,
+        "function",
+        "one that closes over arrays, on a mesh of explicit axes",
+        "one of Rows and args alone",
+        "Pass what it needs in args, as jnp.broadcast_to(x, labels.shape).",
+    )
+
+
+def closes_over_parts(shared: bool, strategy: str) -> None:
+    """A function whose cotangents of all devices are not summed too early."""
+    _demand(
+        not shared or strategy != "tokens",
+        ValueError,
+        "strategy",
+        '"tokens" with a function that closes over what all devices of a shard_map '
+        "share",
+        '"auto", "recompute", "vocab" or "dense"',
+        "Or pass what it needs in args, as jnp.broadcast_to(x, labels.shape).",
+    )
+
+
+def reduced(x: Given) -> None:
+    """A reduction, where the gradient of a sum is formed."""
+    _demand(
+        x != "none",
+        ValueError,
+        "reduction",
+        'reduction="none"',
+        '"sum" or "mean"',
+        "For one number per example call linear_softmax_log_probs.",
+    )
+
+
 def workspace_bytes(x: Given) -> int | None:
     """Bytes that a chunk may take, or None."""
     if x is None:
@@ -739,6 +834,10 @@ def _array(argument: str, x: Given) -> Array:
             f"jnp.asarray converts to one. {fix}"
         )
         raise TypeError(message) from error
+
+
+def _is_held(x: Given) -> bool:
+    return hasattr(x, "__jax_array__")
 
 
 def _held(x: Given) -> Any:

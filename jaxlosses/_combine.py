@@ -4,7 +4,7 @@ This is ordinary differentiated JAX, written once for every way of computing the
 statistics. A loss that is a function of them is one more term in `_unweighted`.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,19 @@ class Coefficients(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The loss of each example, and its metrics and its entropy if they are wanted."""
+    """The loss of each example, and beside it what is wanted.
+
+    Attributes:
+        loss: of each example, or reduced.
+        stats: metrics, or None.
+        entropy: of each example, or None.
+        aux: what a function of the caller returned beside its loss.
+    """
 
     loss: Float[Array, "..."]
     stats: Stats | None
     entropy: Float[Array, "*B"] | None = None
+    aux: Any = None
 
     def result(self) -> Result:
         """What a loss returns."""

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
-from jaxlosses import _combine, _options, _rules, _sharding
+from jaxlosses import _checks, _combine, _options, _rules, _sharding
 from jaxlosses._backends import head, plan, tokens
 from jaxlosses._backends.chunks import Plans
 from jaxlosses._backends.head import Head, Labels, Matmul, Product, classes_of
@@ -18,10 +18,11 @@ from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
-from jaxlosses._combine import Coefficients, Example, Losses
+from jaxlosses._combine import Example, Losses
 from jaxlosses._logits import Arrays, loss_on_logits
-from jaxlosses._math.classes import Spec, any_class
-from jaxlosses._options import Options, Static
+from jaxlosses._math.classes import any_class
+from jaxlosses._options import Options, Static, Weighing
+from jaxlosses._rows import Given
 from jaxlosses._types import DType, Tree
 
 
@@ -70,6 +71,10 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
     split = _sharding.names(_sharding.split_of(kernel)[static.matmul.layout == "dv"])
     split = tuple(name for name in split if name not in over)
     every = (split or None,)
+    closed = arrays.options.given.closed
+    _checks.closes_over_nothing(closed)
+    args = jax.tree.map(lambda _: batch, arrays.options.given.args)
+    given = Given(args, ())
     of_head, of_options, filled = _sharding.of_splits(Head, Options, FusedArrays)
     splits = filled(
         head=of_head(
@@ -81,7 +86,7 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         labels=(*batch, *every) if on_logits.spec.dense else batch,
         where=every,
         examples=batch,
-        options=of_options(every, batch, (), (), (), ()),
+        options=of_options(every, batch, (), (), (), (), given),
     )
     # Inside a `shard_map` over other axes, the caller may have split the classes.
     batch_axes = (*on_logits.batch_axes, *over)
@@ -93,6 +98,7 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         of_examples if on_logits.reduction == "none" else of_sum,
         of_examples if on_logits.return_stats else None,
         of_examples if on_logits.return_entropy else None,
+        of_examples if on_logits.function else None,
     )
     return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
@@ -104,9 +110,13 @@ def _run(static: Fused, arrays: FusedArrays) -> Losses:
         hidden = jnp.where(counted[..., None], arrays.head.hidden, 0)
         arrays = arrays._replace(head=arrays.head._replace(hidden=hidden))
     on_logits = static.on_logits
-    request = plan.Request(
-        on_logits.spec.dense, on_logits.reduction != "none", on_logits.forward_mode
-    )
+    # What a function closes over is differentiated in the type it has there: as one
+    # value for all devices, before the cotangent of each of them is known.
+    closed = arrays.options.given.closed
+    shared = any(_sharding.varies_less(x, arrays.head.hidden) for x in closed)
+    _checks.closes_over_parts(shared, static.strategy)
+    summed = on_logits.reduction != "none" and not shared
+    request = plan.Request(on_logits.spec.dense, summed, on_logits.forward_mode)
     way, plans = plan.choose(
         static.matmul, arrays.head, request, static.strategy, static.workspace
     )
@@ -119,8 +129,7 @@ def _run(static: Fused, arrays: FusedArrays) -> Losses:
     cut = dataclasses.replace(static, on_logits=on_logits)
     out = _in_chunks(cut, way, plans, arrays)
     loss = out.loss.reshape(batch) if on_logits.reduction == "none" else out.loss
-    beside = jax.tree.map(lambda a: a.reshape(batch), (out.stats, out.entropy))
-    return Losses(loss, *beside)
+    return Losses(loss, *jax.tree.map(lambda a: a.reshape(batch), out[1:]))
 
 
 def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
@@ -139,14 +148,16 @@ def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
 def _flattened(arrays: FusedArrays) -> FusedArrays:
     """The same with one batch axis."""
     hidden, options = arrays.head.hidden, arrays.options
-    labels, examples, weights = jax.tree.map(
-        jnp.ravel, (arrays.labels, arrays.examples, options.weights)
+    args = options.given.args
+    labels, examples, weights, args = jax.tree.map(
+        jnp.ravel, (arrays.labels, arrays.examples, options.weights, args)
     )
+    given = options.given._replace(args=args)
     return arrays._replace(
         head=arrays.head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
         labels=labels,
         examples=examples,
-        options=options._replace(weights=weights),
+        options=options._replace(weights=weights, given=given),
     )
 
 
@@ -155,51 +166,53 @@ def _in_chunks(
 ) -> Losses:
     """The loss by any strategy but the dense one."""
     on_logits, spec = static.on_logits, static.on_logits.spec
-    options, dtype = arrays.options, static.dtype
+    options, given, dtype = arrays.options, arrays.options.given, static.dtype
     labels, example = _labels(static, arrays)
     coefficients, scale = options.coefficients(dtype), options.scale(dtype)
     class_weights = options.class_weights if spec.smooth else None
     like = jnp.zeros(labels.ids.shape, dtype)
     masses = _options.masses_of(on_logits, options, coefficients, example, like)
-    weighed = _combine.for_mean(coefficients, masses)
+    weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
 
     if way == "tokens":
         operands = tokens.Operands(
             arrays.head,
-            (class_weights, scale, coefficients, weighed),
-            (example.label_weights, example.weights),
+            (class_weights, scale, weighing),
+            given.closed,
+            (example.label_weights, example.weights, given.args),
             labels,
             arrays.where,
         )
-        loss_of = functools.partial(_loss_of_chunk, spec)
-        total, stats = tokens.summed(plans, loss_of, operands)
-        return Losses(_options.over_batch(on_logits, total, masses), stats)
+        loss_of = functools.partial(_loss_of_chunk, on_logits)
+        total, beside = tokens.summed(plans, loss_of, operands)
+        return Losses(_options.over_batch(on_logits, total, masses), *beside)
 
     product = Product(arrays.head, class_weights, scale, labels, arrays.where)
     backend = ByClasses(spec, plans) if way == "vocab" else ByExamples(spec, plans)
     found = _rules.statistics(backend, product, on_logits.forward_mode)
     inputs = head.inputs_of(spec, None, labels, arrays.where, class_weights, scale)
-    out = _combine.losses(
-        spec, inputs, head.expanded(spec, found), coefficients, weighed, example
-    )
+    found = head.expanded(spec, found)
+    out = _options.losses(on_logits, inputs, found, weighing, example, given)
     return _options.reduced(on_logits, out, masses)
 
 
 def _loss_of_chunk(
-    spec: Spec,
+    static: Static,
     z: Array,
-    shared: tuple[Array | None, Array | None, Coefficients, Coefficients],
-    rows: tuple[Array | None, Array | None],
+    shared: tuple[Array | None, Array | None, Weighing],
+    closed: tuple[Array, ...],
+    rows: tuple[Array | None, Array | None, Tree],
     labels: Labels,
     exists: Bool[Array, " V"] | None,
 ) -> tuple[Array, Tree]:
     """Loss of each example of a chunk, from its logits, and what else to keep."""
-    class_weights, scale, coefficients, weighed = shared
+    spec, (class_weights, scale, weighing) = static.spec, shared
+    *known, args = rows
     inputs = head.inputs_of(spec, z, labels, exists, class_weights, scale)
     found = _rules.statistics(OnLogits(spec), inputs)
-    example = Example(labels.counted, *rows)
-    out = _combine.losses(spec, inputs, found, coefficients, weighed, example)
-    return out.loss, out.stats
+    example, given = Example(labels.counted, *known), Given(args, closed)
+    loss, *beside = _options.losses(static, inputs, found, weighing, example, given)
+    return loss, beside
 
 
 def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:

@@ -14,7 +14,8 @@ from jaxlosses._backends.logits import OnLogits
 from jaxlosses._combine import Example, Losses
 from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype, any_class, both
 from jaxlosses._math.statistics import Statistics
-from jaxlosses._options import Options, Static
+from jaxlosses._options import Options, Static, Weighing
+from jaxlosses._rows import Given
 from jaxlosses._types import DType
 
 
@@ -52,9 +53,9 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
     coefficients = options.coefficients(dtype)
     like = jnp.squeeze(found.nll, spec.axes)
     masses = _options.masses_of(static, options, coefficients, example, like)
-    weighed = _combine.for_mean(coefficients, masses)
-    out = _combine.losses(
-        spec, inputs, found, coefficients, weighed, example, plain_nll
+    weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
+    out = _options.losses(
+        static, inputs, found, weighing, example, options.given, plain_nll
     )
     return _options.reduced(static, out, masses)
 
@@ -113,7 +114,7 @@ def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Array
         labels=logits if spec.dense else batch,
         where=logits,
         examples=batch,
-        options=of_options((None,), batch, (), (), (), ()),
+        options=of_options((None,), batch, (), (), (), (), Given()),
     )
     return _sharding.reshard(mesh, arrays, splits)
 

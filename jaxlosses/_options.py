@@ -12,10 +12,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxlosses import _checks, _combine
+from jaxlosses import _checks, _combine, _rows
 from jaxlosses._checks import Given
 from jaxlosses._combine import Coefficients, Example, Losses, Masses, Reduction
-from jaxlosses._math.classes import Spec, count_of
+from jaxlosses._math.classes import Inputs, Spec, Values, count_of
+from jaxlosses._math.statistics import Statistics
+from jaxlosses._rows import Function
 from jaxlosses._sharding import as_ids, shards_over
 from jaxlosses._types import DType, Shape, Size
 
@@ -32,6 +34,7 @@ class Static:
         axis_name: mesh axes that split the classes.
         batch_axes: mesh axes that split the examples of a sum or mean.
         return_entropy: whether that is a result, to be differentiated.
+        function: of the statistics, in place of the loss that the options make.
     """
 
     spec: Spec
@@ -41,6 +44,7 @@ class Static:
     axis_name: tuple[str, ...]
     batch_axes: tuple[str, ...] = ()
     return_entropy: bool = False
+    function: Function | None = None
 
     @property
     def return_stats(self) -> bool:
@@ -60,6 +64,18 @@ class Static:
         return dataclasses.replace(self, spec=spec)
 
 
+class Weighing(NamedTuple):
+    """What weighs the terms of a loss.
+
+    Attributes:
+        coefficients: of the options.
+        weighed: the same for the mean.
+    """
+
+    coefficients: Coefficients
+    weighed: Coefficients
+
+
 class Options(NamedTuple):
     """What may change without a new compilation; None for what is switched off."""
 
@@ -69,6 +85,7 @@ class Options(NamedTuple):
     z_loss: float | Array | None
     logit_scale: float | Array | None
     normalizer: float | Array | None = None
+    given: _rows.Given = _rows.Given()
 
     def coefficients(self, dtype: DType) -> Coefficients:
         """Of the terms of a loss."""
@@ -136,9 +153,11 @@ def check_transform(
     dense: bool = False,
     ignored: int | None = None,
     return_entropy: Given,
+    weights: Given = None,
+    reduction: Given = "none",
     **transform: Given,
 ) -> tuple[Static, Options]:
-    """The same for a function of examples that has no option but those of logits."""
+    """The same for a function of examples without the options of their loss."""
     static, options = check(
         axes,
         batch,
@@ -148,8 +167,8 @@ def check_transform(
         class_weights=None,
         label_smoothing=0.0,
         z_loss=0.0,
-        weights=None,
-        reduction="none",
+        weights=weights,
+        reduction=reduction,
         return_stats=False,
         **transform,
     )
@@ -209,6 +228,35 @@ def weights_of_labels(
     at = class_weights.astype(dtype).at[jnp.where(here, local, 0)]
     found = at.get(out_sharding=as_ids(ids))
     return spec.shards.sum(jnp.where(here, found, 0))
+
+
+# --- The loss of each example.
+
+
+def losses(
+    static: Static,
+    inputs: Inputs,
+    found: Statistics,
+    weighing: Weighing,
+    example: Example,
+    given: _rows.Given,
+    plain_nll: Values | None = None,
+) -> Losses:
+    """What the options make of the statistics, or a function of the caller.
+
+    Args:
+        static: which.
+        inputs: the arguments of the statistics.
+        found: their values, whose class axes are of size 1.
+        weighing: the terms of a loss.
+        example: what else is known of each example.
+        given: the other arguments of the function.
+        plain_nll: as in `_combine.losses`.
+    """
+    spec = static.spec
+    if static.function is not None:
+        return _rows.losses(spec, inputs, found, static.function, given, example)
+    return _combine.losses(spec, inputs, found, *weighing, example, plain_nll)
 
 
 # --- Reductions over examples.

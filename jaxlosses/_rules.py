@@ -128,11 +128,10 @@ def _reverse_bwd(
     nll = jnp.where(nll == -jnp.inf, jnp.nan, nll)
     kept = Statistics(peak, spread, nll, depth=depth)
     # What no loss depends on has a cotangent of zeros, not worth a pass.
-    g_spread = _array(g.spread) if backend.spec.lse else None
+    g_spread = _asked(g.spread) if backend.spec.lse else None
     g_smooth = None if g.smooth is None else _array(g.smooth)
     # An entropy that is a metric alone costs none either.
-    is_metric = g.entropy is None or isinstance(g.entropy, SymbolicZero)
-    g_entropy = None if is_metric else g.entropy
+    g_entropy = _asked(g.entropy)
     cotangents = Cotangents(g_spread, _array(g.nll), g_smooth, g_entropy)
     wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
     return (_pullback(backend, operands, kept, cotangents, wanted, False),)
@@ -226,6 +225,10 @@ def values_and_wanted(marked: Operands) -> tuple[Operands, Wanted]:
 
 def _array(g: Array | SymbolicZero) -> Array:
     return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
+
+
+def _asked(g: Array | SymbolicZero | None) -> Array | None:
+    return None if isinstance(g, SymbolicZero) else g
 
 
 def _without_zeros(tangents: Tree) -> Tree:

@@ -159,6 +159,11 @@ def typed_like(a: Array, like: Tree) -> Array:
     return lax.pcast(a, axes, to="varying") if axes else a
 
 
+def varies_less(x: Tree, like: Tree) -> bool:
+    """Inside a `shard_map`, whether devices share an array that differs of another."""
+    return bool(varying_axes(like) - varying_axes(x))
+
+
 def scan(body: Callable[[Tree, Tree], Tree], start: Tree, xs: Tree) -> Tree:
     """`lax.scan`, with constants at the start typed as the loop makes them."""
     first = jax.tree.map(lambda a: a[0], xs)

@@ -34,14 +34,21 @@ LAYERS = [
     {"_math.tails"},
     {"_math.statistics", "_math.sets"},
     {"_math.gradient", "_math.online", "_combine"},
-    {"_rules", "_options"},
+    {"_rules", "_rows"},
+    {"_options"},
     {"_backends.head", "_backends.folds"},
     {"_backends.chunks", "_backends.cpu"},
     {"_backends.choose", "_backends.plan", "_backends.tokens", "_backends.vocab"},
     {"_backends.logits", "_backends.recompute"},
     {"_logits", "_softmax"},
     {"_linear"},
-    {"_cross_entropy", "_linear_cross_entropy", "_log_probs", "_planned"},
+    {
+        "_cross_entropy",
+        "_linear_cross_entropy",
+        "_linear_loss",
+        "_log_probs",
+        "_planned",
+    },
     {"testing", "_accuracy"},
     {"__main__"},
 ]
@@ -50,7 +57,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOWS = {
     "_math": {"_math", "_elementary", "_types"},
     "_combine": {"_math"},
-    "_options": {"_math", "_combine", "_sharding", "_types", "_checks"},
+    "_rows": {"_math", "_combine", "_types", "_checks"},
+    "_options": {"_math", "_combine", "_rows", "_sharding", "_types", "_checks"},
     "_rules": {"_math", "_sharding", "_types"},
     "_backends": {
         *("_backends", "_rules", "_math", "_elementary"),

@@ -28,6 +28,7 @@ integer = jl.softmax_cross_entropy_with_integer_labels
 dense = jl.softmax_cross_entropy
 linear = jl.linear_softmax_cross_entropy
 linear_log_probs = jl.linear_softmax_log_probs
+linear_loss = jl.linear_softmax_loss
 DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     integer: {"logits": LOGITS, "labels": IDS},
     dense: {"logits": LOGITS, "labels": DISTRIBUTIONS},
@@ -39,6 +40,7 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     jl.softmax_entropy: {"logits": LOGITS},
 }
 DEFAULTS[linear_log_probs] = DEFAULTS[linear]
+DEFAULTS[linear_loss] = DEFAULTS[linear] | {"function": lambda rows: rows.nll}
 
 
 class Mistake(NamedTuple):
@@ -69,6 +71,7 @@ IGNORE = (
     "an int or None. Pass the label itself, such as -100; mask several labels with "
     "weights."
 )
+OF_EACH = "Compute it of each example by itself; the sum is taken outside."
 MESH_AXIS = (
     "a mesh axis name, a tuple of them, or None. Name the axis that splits the "
     'classes inside shard_map: axis_name="model".'
@@ -599,6 +602,41 @@ MISTAKES = {
         '"vocab", "dense" or "auto". It forms the gradient of a sum in one pass: for a '
         "sum or a mean call linear_softmax_cross_entropy.",
     ),
+    "a loss that is none": Mistake(
+        linear_loss,
+        {"function": 0.5},
+        TypeError,
+        "function: got 0.5 of type float, expected a function of Rows and args. Pass, "
+        "say, lambda rows: rows.nll.",
+    ),
+    "a loss of all examples": Mistake(
+        linear_loss,
+        {"function": lambda rows: rows.nll.mean()},
+        ValueError,
+        "function: got a result of shape (), expected (4,), one number per example. "
+        + OF_EACH,
+    ),
+    "a loss without values": Mistake(
+        linear_loss,
+        {"function": lambda rows: None},
+        TypeError,
+        "function: got None of type NoneType as its result, expected floating values "
+        f"of shape (4,), one per example. {OF_EACH}",
+    ),
+    "a loss with one number beside": Mistake(
+        linear_loss,
+        {"function": lambda rows: (rows.nll, rows.nll.max())},
+        ValueError,
+        "function: got a result of shape (), expected (4,), one number per example. "
+        + OF_EACH,
+    ),
+    "a loss of each example": Mistake(
+        linear_loss,
+        {"reduction": "none"},
+        ValueError,
+        'reduction: got reduction="none", expected "sum" or "mean". For one number per '
+        "example call linear_softmax_log_probs.",
+    ),
     "return_stats None": Mistake(
         integer,
         {"return_stats": None},
@@ -878,7 +916,7 @@ MISTAKES |= {
 
 
 def message_of(
-    function: Callable[..., Any], error: type[Exception], **arguments: Any
+    function: Callable[..., Any], error: type[Exception], /, **arguments: Any
 ) -> str:
     """What the call raises, which must be the same with traced arrays."""
     given = DEFAULTS[function] | arguments
@@ -1090,3 +1128,24 @@ def test_lists_and_numpy_arrays_are_converted() -> None:
     np.testing.assert_array_equal(integer(rows, [0, 1]), expected)
     given = np.asarray(rows, np.float32), np.array([0, 1], np.int32)
     np.testing.assert_array_equal(integer(*given), expected)
+
+
+def test_what_a_loss_takes_of_each_example_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^args") as raised:
+        linear_loss(
+            lambda rows, given: given["old"] * rows.nll,
+            *DEFAULTS[linear].values(),
+            {"old": zeros((3,))},
+        )
+    assert str(raised.value) == (
+        "args[0]['old']: got shape (3,), expected (4,), one per example. Give one "
+        "entry per example, and let function close over what all share."
+    )
+
+
+def test_an_entropy_that_is_not_asked_for_is_explained() -> None:
+    with pytest.raises(TypeError) as raised:
+        linear_loss(
+            lambda rows: rows.nll - 0.1 * rows.entropy, *DEFAULTS[linear].values()
+        )
+    assert "Rows.entropy is None without uses_entropy=True." in raised.value.__notes__

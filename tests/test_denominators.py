@@ -173,6 +173,33 @@ def test_examples_and_classes_are_split_at_once() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_weights_that_devices_share_have_one_gradient(name: str) -> None:
+    """Some devices have nothing to do, while others work through their chunks."""
+    problem = Problem(name, {})
+    weights, scale = np.full(3, 2, np.float32), np.float32(0.5)
+    where = problem.weights != 0
+
+    def local(weights: Any, scale: Any, logits: Any, labels: Any, where: Any) -> Any:
+        given = {"weights": weights, "logit_scale": scale, "where": where}
+        return problem.function(
+            logits, labels, reduction="sum", batch_axis_name="data", **given
+        )
+
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    specs = (P(), P(), P("data"), P("data"), P("data"))
+    total = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    got = jax.jit(jax.grad(total, (0, 1)))(
+        weights, scale, problem.logits, problem.labels, where
+    )
+    given = {"logit_scale": scale, "weights": np.where(where, 2, 0)}
+    given["reduction"] = "sum"
+    exact = oracle.gradients(problem.logits, problem.labels, **given)
+    each = np.where(where, exact["weights"], 0).reshape(8, 3).sum(0)
+    np.testing.assert_allclose(got[0], each, rtol=1e-5)
+    np.testing.assert_allclose(got[1], exact["logit_scale"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_examples_are_split_by_hand_beside_explicit_axes(name: str) -> None:
     """The caller splits by one axis, and the mesh has another."""
     problem = Problem(name, {"z_loss": 0.1})

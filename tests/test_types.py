@@ -29,6 +29,14 @@ LOG_PROBS = {
     "softmax_log_probs": "x, x, (0, 1), where=x, ignore_index=-100, logit_scale=2.0",
     "linear_softmax_log_probs": "x, x, x, bias=None, where=x, strategy='vocab'",
 }
+OF_ROWS = """\
+def values(rows: Rows) -> Array: return rows.nll
+def pair(rows: Rows) -> tuple[Array, dict[str, Array]]: return rows.nll, {}
+def losses(x: Array) -> None:
+    assert_type(jl.linear_softmax_loss(values, x, x, x, x, weights=x), Array)
+    both = jl.linear_softmax_loss(pair, x, x, x, uses_entropy=True)
+    assert_type(both, tuple[Array, dict[str, Array]])
+"""
 # What decides about the result, and what comes beside it.
 FLAGS = dict.fromkeys(LOSSES, ("return_stats", "Stats"))
 FLAGS |= dict.fromkeys(LOG_PROBS, ("return_entropy", "Array"))
@@ -37,7 +45,7 @@ SNIPPET = """\
 from typing import assert_type
 import jaxlosses as jl
 from jax import Array
-from jaxlosses import Stats
+from jaxlosses import Rows, Stats
 def check(x: Array, flag: bool) -> None:
 """
 
@@ -64,7 +72,7 @@ def test_a_type_checker_knows_a_loss_from_a_pair(tmp_path: pathlib.Path) -> None
         for mistake in ("smoothing=0.1", "axis_name=1", f"{FLAGS[name][0]}=None")
     ]
     path = tmp_path / "snippet.py"
-    path.write_text(SNIPPET + "".join(checks), "utf-8")
+    path.write_text(SNIPPET + "".join(checks) + OF_ROWS, "utf-8")
     # With the settings of `make lint`, whose cache saves ten seconds.
     run = subprocess.run(
         [sys.executable, "-m", "mypy", str(path)],
@@ -117,6 +125,12 @@ def test_overloads_take_what_the_loss_takes(name: str) -> None:
         assert fields(unpacked.removeprefix("Unpack[").removesuffix("]")) == keywords
 
 
+def test_a_loss_of_rows_takes_what_the_stub_says() -> None:
+    (loss,) = ast.parse(inspect.getsource(jl.linear_softmax_loss)).body
+    assert isinstance(loss, ast.FunctionDef)
+    assert fields("_OfRows") == annotated(loss.args.kwonlyargs)
+
+
 def test_a_type_checker_is_told_every_public_name() -> None:
     package = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     told, exported = (
@@ -129,4 +143,4 @@ def test_a_type_checker_is_told_every_public_name() -> None:
         }
         for tree in (STUB, package)
     )
-    assert sorted([*told, *OVERLOADED]) == sorted(exported)
+    assert sorted([*told, *OVERLOADED, "linear_softmax_loss"]) == sorted(exported)

@@ -25,6 +25,7 @@ class Operands(NamedTuple):
     Attributes:
         head: the factors of the logits.
         shared: differentiable, the same for all examples.
+        closed: likewise, what a function of the caller closes over.
         rows: differentiable, of the shape `B...`.
         labels: ids and masks.
         exists: classes that exist, or None for all.
@@ -32,14 +33,16 @@ class Operands(NamedTuple):
 
     head: Head
     shared: Tree
+    closed: tuple[Array, ...]
     rows: Tree
     labels: Labels
     exists: Bool[Array, " V"] | None
 
 
-# logits, shared, rows, labels, exists -> loss of each example, and what else to keep
+# logits, shared, closed, rows, labels, exists
+# -> loss of each example, and what else to keep
 LossOf = Callable[
-    [Array, Tree, Tree, Labels, Bool[Array, " V"] | None],
+    [Array, Tree, Tree, Tree, Labels, Bool[Array, " V"] | None],
     tuple[Float[Array, "*B"], Tree],
 ]
 
@@ -96,19 +99,19 @@ def _sum_and_gradient(
 def _in_chunks(
     plan: Plan, loss_of: LossOf, operands: Operands, wanted: Operands | None
 ) -> tuple[tuple[Array, Tree], Operands]:
-    head, shared, rows, labels, exists = operands
+    head, shared, closed, rows, labels, exists = operands
     cut = Cut(plan, labels)
     acc = plan.matmul.accumulation
-    # A sum over devices belongs after the loop: inside it, what is shared counts as
-    # the part of each device.
-    shared = jax.tree.map(lambda a: typed_like(a, head.hidden), shared)
-    shared, shared_tree = jax.tree.flatten(shared)
+    # A sum over devices belongs after the loop, in which not all of them may run every
+    # chunk: inside it, what they share counts as the part of each.
+    shared, rows = jax.tree.map(lambda a: typed_like(a, head.hidden), (shared, rows))
+    shared, shared_tree = jax.tree.flatten((shared, closed))
     rows, rows_tree = jax.tree.flatten(rows)
     wants = Wants(False, False, False)
     want_shared, want_rows = [False] * len(shared), [False] * len(rows)
     if wanted is not None:
         wants = Wants(*map(bool, wanted.head))
-        want_shared = jax.tree.leaves(wanted.shared)
+        want_shared = jax.tree.leaves((wanted.shared, wanted.closed))
         want_rows = jax.tree.leaves(wanted.rows)
 
     def body(carry: Tree, chunk: Tree) -> tuple[Tree, Tree]:
@@ -120,9 +123,11 @@ def _in_chunks(
         def loss(
             z_in: Array | None, shared_in: list[Tree], row_in: list[Tree]
         ) -> tuple[Array, Tree]:
+            for_all = jax.tree.unflatten(shared_tree, _filled(shared_in, shared))
             values, keep = loss_of(
                 z if z_in is None else z_in,
-                jax.tree.unflatten(shared_tree, _filled(shared_in, shared)),
+                for_all[0],
+                for_all[1],
                 jax.tree.unflatten(rows_tree, _filled(row_in, row)),
                 ids,
                 exists,
@@ -157,9 +162,11 @@ def _in_chunks(
     chunks = (cut.split(head.hidden), cut.split(rows), cut.labels)
     (total, sums, d_shared), stacked = cut.loop(body, start, chunks)
     keep, d_hidden, d_rows = cut.join(stacked)
+    d_for_all = jax.tree.unflatten(shared_tree, d_shared)
     gradient = Operands(
         sums._replace(hidden=d_hidden),
-        jax.tree.unflatten(shared_tree, d_shared),
+        d_for_all[0],
+        d_for_all[1],
         jax.tree.unflatten(rows_tree, [None] * len(rows) if d_rows is None else d_rows),
         NO_LABELS,
         None,
