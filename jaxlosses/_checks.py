@@ -560,8 +560,15 @@ def z_loss(x: Given) -> Any:
     return _scalar("z_loss", x, 0.0, math.inf, "a finite number of 0 or more")
 
 
-def logit_scale(x: Given) -> Any:
-    """A factor, or None for one."""
+def logit_scale(x: Given, batch: Shape) -> Any:
+    """A factor, of all examples or of each, or None for one."""
+    x = _held(x)
+    if isinstance(x, jax.Array | np.ndarray) and x.ndim and _is_real(x.dtype):
+        x = _array("logit_scale", x)
+        fix = "Give one number for all, or one per example."
+        expected = f"(), or {batch}, one per example"
+        _demand_shape("logit_scale", x, batch, expected, fix)
+        return x
     return _scalar("logit_scale", x, -math.inf, math.inf, "a finite number", drop=1.0)
 
 

@@ -166,8 +166,8 @@ def softmax_cross_entropy_with_integer_labels(
             each example, not class-weighted, in a mean neither.
         logit_softcap: a number `c > 0` or None: `z <- c tanh(z / c)`, before anything
             else. Infinite logits stay infinite.
-        logit_scale: a number or a traced scalar: `z <- logit_scale * z` after the
-            cap, an inverse temperature.
+        logit_scale: a number, a traced scalar, or an array of shape `B...`:
+            `z <- logit_scale * z` after the cap, an inverse temperature.
         weights: shape `B...`, floating, integer or bool: multiplies each example's loss
             and enters the denominator of the mean; for weights of both signs take
             `"sum"`, since theirs may be near 0. An example of weight 0 does not count,

@@ -74,7 +74,6 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
     closed = arrays.options.given.closed
     _checks.closes_over_nothing(closed)
     args = jax.tree.map(lambda _: batch, arrays.options.given.args)
-    given = Given(args, ())
     of_head, of_options, filled = _sharding.of_splits(Head, Options, FusedArrays)
     splits = filled(
         head=of_head(
@@ -86,7 +85,15 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         labels=(*batch, *every) if on_logits.spec.dense else batch,
         where=every,
         examples=batch,
-        options=of_options(every, batch, (), (), (), (), given),
+        options=of_options(
+            class_weights=every,
+            weights=batch,
+            label_smoothing=(),
+            z_loss=(),
+            logit_scale=batch if arrays.options.scales_each else (),
+            normalizer=(),
+            given=Given(args),
+        ),
     )
     # Inside a `shard_map` over other axes, the caller may have split the classes.
     batch_axes = (*on_logits.batch_axes, *over)
@@ -148,16 +155,17 @@ def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
 def _flattened(arrays: FusedArrays) -> FusedArrays:
     """The same with one batch axis."""
     hidden, options = arrays.head.hidden, arrays.options
-    args = options.given.args
+    args, scale = options.given.args, options.logit_scale
     labels, examples, weights, args = jax.tree.map(
         jnp.ravel, (arrays.labels, arrays.examples, options.weights, args)
     )
     given = options.given._replace(args=args)
+    scale = jnp.ravel(jnp.asarray(scale)) if options.scales_each else scale
     return arrays._replace(
         head=arrays.head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
         labels=labels,
         examples=examples,
-        options=options._replace(weights=weights, given=given),
+        options=options._replace(weights=weights, logit_scale=scale, given=given),
     )
 
 
@@ -175,11 +183,17 @@ def _in_chunks(
     weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
 
     if way == "tokens":
+        of_all, of_each = (None, scale) if options.scales_each else (scale, None)
         operands = tokens.Operands(
             arrays.head,
-            (class_weights, scale, weighing),
+            (class_weights, of_all, weighing),
             given.closed,
-            (example.label_weights, example.weights, given.args),
+            (
+                example.label_weights,
+                example.weights,
+                of_each,
+                given.args,
+            ),
             labels,
             arrays.where,
         )
@@ -201,13 +215,14 @@ def _loss_of_chunk(
     z: Array,
     shared: tuple[Array | None, Array | None, Weighing],
     closed: tuple[Array, ...],
-    rows: tuple[Array | None, Array | None, Tree],
+    rows: tuple[Array | None, Array | None, Array | None, Tree],
     labels: Labels,
     exists: Bool[Array, " V"] | None,
 ) -> tuple[Array, Tree]:
     """Loss of each example of a chunk, from its logits, and what else to keep."""
     spec, (class_weights, scale, weighing) = static.spec, shared
-    *known, args = rows
+    *known, own_scale, args = rows
+    scale = scale if own_scale is None else own_scale
     inputs = head.inputs_of(spec, z, labels, exists, class_weights, scale)
     found = _rules.statistics(OnLogits(spec), inputs)
     example, given = Example(labels.counted, *known), Given(args, closed)

@@ -15,7 +15,6 @@ from jaxlosses._combine import Example, Losses
 from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype, any_class, both
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
-from jaxlosses._rows import Given
 from jaxlosses._types import DType
 
 
@@ -79,13 +78,16 @@ def _inputs(static: Static, arrays: Arrays, dtype: DType) -> tuple[Inputs, Examp
             )
     if options.class_weights is not None and (spec.dense or spec.smooth):
         class_weights = _along_classes(spec, options.class_weights, logits)
+    scale = options.scale(dtype)
+    if scale is not None and options.scales_each:
+        scale = jnp.expand_dims(scale, spec.axes)
     inputs = Inputs(
         logits,
         labels,
         arrays.where,
         None if counted is None else jnp.expand_dims(counted, spec.axes),
         class_weights,
-        options.scale(dtype),
+        scale,
     )
     return inputs, Example(counted, label_weights, options.example_weights(dtype))
 
@@ -114,7 +116,14 @@ def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Array
         labels=logits if spec.dense else batch,
         where=logits,
         examples=batch,
-        options=of_options((None,), batch, (), (), (), (), Given()),
+        options=of_options(
+            class_weights=(None,),
+            weights=batch,
+            label_smoothing=(),
+            z_loss=(),
+            logit_scale=batch if arrays.options.scales_each else (),
+            normalizer=(),
+        ),
     )
     return _sharding.reshard(mesh, arrays, splits)
 

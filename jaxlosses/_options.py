@@ -87,12 +87,17 @@ class Options(NamedTuple):
     normalizer: float | Array | None = None
     given: _rows.Given = _rows.Given()
 
+    @property
+    def scales_each(self) -> bool:
+        """Whether each example has its own factor of the logits."""
+        return getattr(self.logit_scale, "ndim", 0) > 0
+
     def coefficients(self, dtype: DType) -> Coefficients:
         """Of the terms of a loss."""
         return Coefficients(_of(self.label_smoothing, dtype), _of(self.z_loss, dtype))
 
-    def scale(self, dtype: DType) -> Float[Array, ""] | None:
-        """The factor of the logits."""
+    def scale(self, dtype: DType) -> Float[Array, "..."] | None:
+        """The factor of all logits, or of those of each example."""
         return _of(self.logit_scale, dtype)
 
     def example_weights(self, dtype: DType) -> Float[Array, "*B"] | None:
@@ -127,7 +132,7 @@ def check(
         weights=_checks.weights(weights, batch),
         label_smoothing=_checks.label_smoothing(label_smoothing),
         z_loss=_checks.z_loss(z_loss),
-        logit_scale=_checks.logit_scale(logit_scale),
+        logit_scale=_checks.logit_scale(logit_scale, batch),
         normalizer=_checks.normalizer(normalizer, reduction),
     )
     names = _checks.axis_name(axis_name)

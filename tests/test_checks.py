@@ -494,12 +494,12 @@ MISTAKES = {
         ValueError,
         "logit_scale: got -inf, expected a finite number. 1 switches it off.",
     ),
-    "logit_scale per example": Mistake(
+    "logit_scale per class": Mistake(
         integer,
-        {"logit_scale": zeros((B,))},
-        TypeError,
-        "logit_scale: got an array of shape (4,) and dtype float32, expected a finite "
-        f"number, or a traced scalar. {ONE_NUMBER}",
+        {"logit_scale": zeros((V,))},
+        ValueError,
+        f"logit_scale: got shape ({V},), expected (), or (4,), one per example. Give "
+        "one number for all, or one per example.",
     ),
     # weights
     "too few weights": Mistake(

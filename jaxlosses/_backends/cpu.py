@@ -192,10 +192,13 @@ def _with_rows(size: Size, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
     logits, labels, counted = jax.tree.map(
         repeated, (rows.logits, rows.labels, rows.counted)
     )
+    scale = rows.scale
+    if scale is not None and scale.ndim:
+        scale = repeated(scale)
     where = rows.where
     if where is not None and where.size != logits.shape[-1]:
         where = repeated(where)
-    return Inputs(logits, labels, where, counted, rows.class_weights, rows.scale)
+    return Inputs(logits, labels, where, counted, rows.class_weights, scale)
 
 
 def _by_rows(

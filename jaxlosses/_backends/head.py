@@ -78,14 +78,14 @@ class Product(NamedTuple):
     Attributes:
         head: the factors of the logits.
         class_weights: `V`, or None for ones.
-        scale: scalar factor of the logits, or None for one.
+        scale: factor of the logits, a scalar or `B...`, or None for one.
         labels: ids and masks.
         exists: classes that exist, or None for all.
     """
 
     head: Head
     class_weights: Float[Array, " V"] | None
-    scale: Float[Array, ""] | None
+    scale: Float[Array, "..."] | None
     labels: Labels
     exists: Bool[Array, " V"] | None
 
@@ -207,7 +207,7 @@ def inputs_of(
         along_classes(exists),
         along_examples(labels.counted),
         along_classes(class_weights) if spec.smooth else None,
-        scale,
+        along_examples(scale) if scale is not None and scale.ndim else scale,
     )
 
 

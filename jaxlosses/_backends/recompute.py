@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxlosses._backends import choose
 from jaxlosses._backends.chunks import Cut, Plan, Plans, add
@@ -40,11 +41,11 @@ class ByExamples:
         cut = Cut(plan, product.labels)
 
         def body(carry: tuple[()], chunk: Tree) -> tuple[tuple[()], Statistics]:
-            hidden, labels = chunk
-            inputs, _ = self._chunk(product, hidden, labels)
+            inputs, _ = self._chunk(product, *chunk)
             return carry, squeezed(self.spec, choose.evaluate(self.spec, inputs))
 
-        _, stacked = cut.loop(body, (), (cut.split(product.head.hidden), cut.labels))
+        rows = cut.split((product.head.hidden, _scale_of_each(product)))
+        _, stacked = cut.loop(body, (), (cut.labels, *rows))
         out: Statistics = cut.join(stacked)
         return out
 
@@ -76,23 +77,27 @@ class ByExamples:
         wants = Wants(*map(bool, wanted.head))
         # Without smoothing, no statistic depends on class weights.
         by_class = bool(wanted.class_weights) and spec.smooth
-        cut = Cut(plan, product.labels)
+        cut, of_each = Cut(plan, product.labels), _scale_of_each(product)
         acc = plan.matmul.accumulation
 
         def body(carry: tuple[Tree, ...], chunk: Tree) -> tuple[tuple[Tree, ...], Tree]:
-            hidden, labels, kept, g = chunk
-            inputs, own = self._chunk(product, hidden, labels)
+            labels, hidden, scale, kept, g = chunk
+            inputs, own = self._chunk(product, labels, hidden, scale)
             d = gradient.pullback(
                 spec, inputs, expanded(spec, kept), expanded(spec, g), linear=linear
             )
             sums, *d_others = carry
             here = add(plan, sums, own, d.logits, wants)
+            d_class_weights = jax.tree.map(jnp.ravel, d.class_weights)
             more = [
-                jax.tree.map(jnp.ravel, d.class_weights) if by_class else None,
-                d.scale if wanted.scale else None,
+                d_class_weights if by_class else None,
+                d.scale if wanted.scale and scale is None else None,
             ]
             d_others = jax.tree.map(jnp.add, d_others, more)
-            return (here._replace(hidden=None), *d_others), here.hidden
+            d_scale = None
+            if wanted.scale and scale is not None:
+                d_scale = squeezed(spec, d.scale)
+            return (here._replace(hidden=None), *d_others), (here.hidden, d_scale)
 
         def zeros(like: Tree, want: bool) -> Tree:
             return jnp.zeros_like(like, dtype=acc) if want else None
@@ -103,19 +108,28 @@ class ByExamples:
         start = (
             sums,
             zeros(product.class_weights, by_class),
-            zeros(product.scale, bool(wanted.scale)),
+            zeros(product.scale, bool(wanted.scale) and of_each is None),
         )
-        chunks = map(cut.split, (head.hidden, kept, cotangents))
-        hidden, *others = chunks
-        xs = (hidden, cut.labels, *others)
-        (sums, d_class_weights, d_scale), d_hidden = cut.loop(body, start, xs)
-        d_head = sums._replace(hidden=cut.join(d_hidden))
+        rows = cut.split((head.hidden, of_each, kept, cotangents))
+        (sums, d_class_weights, d_scale), stacked = cut.loop(
+            body, start, (cut.labels, *rows)
+        )
+        d_hidden, d_scales = cut.join(stacked)
+        d_head = sums._replace(hidden=d_hidden)
+        d_scale = d_scale if d_scales is None else d_scales
         return Product(d_head, d_class_weights, d_scale, NO_LABELS, None)
 
     def _chunk(
-        self, product: Product, hidden: Tree, labels: Labels
+        self, product: Product, labels: Labels, hidden: Tree, scale: Tree
     ) -> tuple[Inputs, Head]:
         head = product.head._replace(hidden=hidden)
         z = project(self.plans.first.matmul, head)
-        _, class_weights, scale, _, exists = product
+        _, class_weights, of_all, _, exists = product
+        scale = of_all if scale is None else scale
         return inputs_of(self.spec, z, labels, exists, class_weights, scale), head
+
+
+def _scale_of_each(product: Product) -> Array | None:
+    """The factors of the logits, where each example has its own."""
+    scale = product.scale
+    return None if scale is None or scale.ndim == 0 else scale

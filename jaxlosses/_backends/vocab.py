@@ -65,6 +65,9 @@ class ByClasses:
     ) -> Statistics:
         spec, pieces = self.spec, _Pieces(self.spec, plan, product)
         whole = _inputs(spec, None, product)
+        of_two = whole
+        if whole.scale is not None and whole.scale.ndim:
+            of_two = whole._replace(scale=whole.scale[None])
 
         def of(i: Array) -> Partial:
             piece = pieces.take(i)
@@ -73,7 +76,7 @@ class ByClasses:
 
         def body(so_far: Partial, i: Array) -> tuple[Partial, None]:
             both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, of(i))
-            merged = statistics.merge(spec, both, Stacked(), whole)
+            merged = statistics.merge(spec, both, Stacked(), of_two)
             return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
 
         start = _nothing(jax.eval_shape(of, pieces.ids[0]))
@@ -146,7 +149,7 @@ class ByClasses:
                 d_class_weights = placed(d_class_weights, d.class_weights.ravel())
             d_scale = carry.scale
             if d_scale is not None and d.scale is not None:
-                d_scale = d_scale + d.scale
+                d_scale = d_scale + d.scale.reshape(d_scale.shape)
             return Product(d_head, d_class_weights, d_scale, NO_LABELS, None), None
 
         def zeros(like: Tree, want: bool) -> Tree:

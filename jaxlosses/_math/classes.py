@@ -112,7 +112,7 @@ class Inputs(NamedTuple):
         where: classes that exist, of the logits' rank, or None for all.
         counted: examples that count, of shape `K`, or None for all.
         class_weights: of the logits' rank with batch axes of size 1, or None.
-        scale: scalar factor of the logits, or None for one.
+        scale: factor of the logits, a scalar or of the shape `K`, or None for one.
     """
 
     logits: Values
@@ -120,7 +120,7 @@ class Inputs(NamedTuple):
     where: Mask | None = None
     counted: Mask | None = None
     class_weights: Values | None = None
-    scale: Float[Array, ""] | None = None
+    scale: Float[Array, "..."] | None = None
 
 
 def accumulation_dtype(dtype: DType) -> Any:

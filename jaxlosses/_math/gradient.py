@@ -145,7 +145,9 @@ def pullback(
     d_logits = d_z
     if inputs.scale is not None:
         d_logits = inputs.scale * d_z
-        d_scale = jnp.sum(d_z * masked(jnp.isfinite(gap), gap))
+        d_scale = d_z * masked(jnp.isfinite(gap), gap)
+        of_each = inputs.scale.ndim > 0
+        d_scale = sum_to(d_scale, inputs.scale) if of_each else jnp.sum(d_scale)
         d_scale = jnp.where(inputs.scale < 0, -d_scale, d_scale)
     if spec.softcap is not None:
         d_logits = softcap.slope(spec.softcap, logits) * d_logits

@@ -37,8 +37,13 @@ def with_sign(logits: Values, scale: Values | None) -> tuple[Values, Values | No
 
 
 def magnitude_of(scale: Values) -> Values:
-    """`|scale|`, with the slope of a positive scale at 0, where `abs` has none."""
-    return jnp.where(scale < 0, -scale, scale)
+    """`|scale|`, with the slope of a positive scale at 0, where `abs` has none.
+
+    In the place of 0 stands the smallest number: a class that is out is behind by
+    infinity, and stays out.
+    """
+    size = jnp.where(scale < 0, -scale, scale)
+    return size + jnp.where(size == 0, jnp.finfo(size.dtype).tiny, 0)
 
 
 def gap_of(spec: Spec, a: Values, b: Values) -> Values:
