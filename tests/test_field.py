@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import TAKE_IDS, fused, sweep, turns
+from helpers import STRATEGIES, TAKE_IDS, fused, sweep, turns
 
 import jaxlosses as jl
 
@@ -399,3 +399,133 @@ def test_forward_mode_without_its_option_is_refused_by_name() -> None:
         ):
             with pytest.raises(TypeError, match="forward_mode: got False under"):
                 transform(given)
+
+
+# Seen right elsewhere, and to be kept right
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4", "uint8"])
+@by_loss_of_ids
+def test_narrow_labels_of_more_classes_than_they_can_count(
+    name: str, dtype: str
+) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 300)).astype(np.float32)
+    ids = np.array([0, 1, 1, 0, 1, 0])
+    if dtype == "uint8":
+        ids = ids + 254
+    got = both(name, logits, jnp.asarray(ids).astype(dtype))
+    want = both(name, logits, ids)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_16_bit_head_has_logits_beyond_its_largest_number(strategy: Any) -> None:
+    rng = np.random.default_rng(0)
+    hidden = (500 * rng.normal(size=(9, 16))).astype(np.float16)
+    kernel = (90 * rng.normal(size=(16, 40))).astype(np.float16)
+    logits = hidden.astype(np.float64) @ kernel.astype(np.float64)
+    assert np.abs(logits).max() > 2 * 65504
+    labels = logits.argmax(-1)
+    labels[::2] = 3
+
+    def loss(hidden: Any, kernel: Any) -> Any:
+        given = {"reduction": "sum", "strategy": strategy, "logit_scale": 1e-4}
+        return jl.linear_softmax_cross_entropy(
+            hidden, kernel, labels, workspace_bytes=300, **given
+        )
+
+    value, gradient = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+    given = {"logit_scale": float(np.float32(1e-4)), "reduction": "sum"}
+    np.testing.assert_allclose(value, oracle.loss(logits, labels, **given), rtol=2e-5)
+    d = oracle.gradients(logits, labels, **given)["logits"]
+    for got, want in zip(
+        gradient, (d @ kernel.T.astype(float), hidden.T.astype(float) @ d), strict=True
+    ):
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), want, rtol=2e-3, atol=2e-3 * np.abs(want).max()
+        )
+
+
+@pytest.mark.parametrize("axis", [1, -1, 0])
+def test_volumes_are_segmented_along_any_axis(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    shape = (2, 7, 3, 5, 4)
+    logits = rng.normal(size=shape).astype(np.float32)
+    batch = [n for i, n in enumerate(shape) if i != axis % 5]
+    labels = rng.integers(0, shape[axis], batch)
+    labels[0, 1] = 255
+    weights = np.linspace(0.5, 2, shape[axis], dtype=np.float32)
+    options = {"ignore_index": 255, "class_weights": weights, "reduction": "mean"}
+    got = jax.value_and_grad(lambda z: integer(z, labels, axis=axis, **options))(logits)
+    want = oracle.loss(logits, labels, axis=axis, **options)
+    np.testing.assert_allclose(got[0], want, rtol=2e-6)
+    d = oracle.gradients(logits, labels, axis=axis, **options)["logits"]
+    np.testing.assert_allclose(got[1], d, rtol=1e-5, atol=1e-8)
+
+
+@by_loss
+def test_a_temperature_is_learned(name: str) -> None:
+    """As of contrastive models and of calibration: by its logarithm."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 9, 64)
+    logits = rng.normal(size=(64, 9)) + 3 * np.eye(9)[labels] * (
+        rng.random((64, 1)) < 0.8
+    )
+    logits = (4 * logits).astype(np.float32)
+
+    def loss(log_scale: Any) -> Any:
+        scale = jnp.exp(log_scale)
+        return LOSSES[name](logits, labels, logit_scale=scale, reduction="mean")
+
+    step = jax.jit(jax.value_and_grad(loss))
+    log_scale = jnp.zeros(())
+    for _ in range(60):
+        log_scale -= 0.3 * step(log_scale)[1]
+    scales = np.exp(np.linspace(-2.5, 0.5, 301))
+    exact = [
+        oracle.loss(logits, labels, logit_scale=s, reduction="mean") for s in scales
+    ]
+    best = scales[np.argmin(exact)]
+    np.testing.assert_allclose(jnp.exp(log_scale), best, rtol=0.02)
+    np.testing.assert_allclose(step(log_scale)[0], np.min(exact), rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("name", ["dense", "integer"])
+def test_a_scan_of_masked_and_ignored_rows_under_vmap(name: str, axis: int) -> None:
+    rng = np.random.default_rng(0)
+    shape = (3, 2, 4, 5, 6)  # vmap, scan, and an array of three axes
+    logits = rng.normal(size=shape).astype(np.float32)
+    one = shape[2:]
+    where = rng.random(one) < 0.8
+    batch = [n for i, n in enumerate(one) if i != axis % 3]
+    ids = rng.integers(0, one[axis], (*shape[:2], *batch))
+    exists = np.take_along_axis(
+        np.broadcast_to(where, shape), np.expand_dims(ids, axis % 3 + 2), axis % 3 + 2
+    )
+    ids = np.where(np.squeeze(exists, axis % 3 + 2), ids, -1)
+    function, labels, more = integer, ids, {"ignore_index": -1}
+    if name == "dense":
+        function, more = dense, {}
+        labels = np.stack([ids == i for i in range(one[axis])], axis % 3 + 2)
+        labels = labels.astype(np.float32)
+
+    def total(logits: Any, labels: Any) -> Any:
+        def body(carry: Any, x: Any) -> Any:
+            loss = function(*x, axis=axis, where=where, **more)
+            return carry + jnp.sum(loss), loss
+
+        return jax.lax.scan(body, jnp.zeros(()), (logits, labels))[0]
+
+    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(total)))(logits, labels)
+    for i in range(shape[0]):
+        exact, d = 0.0, []
+        for j in range(shape[1]):
+            row = logits[i, j], labels[i, j], axis, where
+            exact += oracle.loss(*row, **more).sum()
+            d.append(oracle.gradients(*row, **more)["logits"])
+        np.testing.assert_allclose(value[i], exact, rtol=3e-6)
+        np.testing.assert_allclose(gradient[i], d, rtol=1e-5, atol=1e-7)
