@@ -61,7 +61,8 @@ def plan(
 
     The strategy depends on shapes, dtypes and sharding alone; the chunks on the
     platform, too. Under `jax.set_mesh` with automatic axes the examples count as
-    spread over all of them.
+    spread over all of them. A process with several devices may have split the kernel,
+    whose slices `"auto"` then leaves alone.
 
     Args:
         hidden: an array, or a `jax.ShapeDtypeStruct`: `B... D`.
@@ -88,11 +89,11 @@ def plan(
     Example:
         >>> import jax
         >>> from jaxlosses import testing
-        >>> hidden = jax.ShapeDtypeStruct((8192, 4096), "bfloat16")
-        >>> kernel = jax.ShapeDtypeStruct((4096, 128256), "bfloat16")
+        >>> hidden = jax.ShapeDtypeStruct((8192, 4096), "float32")
+        >>> kernel = jax.ShapeDtypeStruct((4096, 128256), "float32")
         >>> found = testing.plan(hidden, kernel, platform="tpu")
         >>> found.strategy, found.matmuls, found.chunk_shape
-        ('vocab', 4, (8192, 2048))
+        ('tokens', 3, (2048, 128256))
 
     Source:
         The strategies of `linear_softmax_cross_entropy`.
