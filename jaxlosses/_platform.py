@@ -63,6 +63,25 @@ def _within(known: Known, run: Callable[..., Result]) -> Callable[..., Result]:
     return traced
 
 
+def traced_once(run: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of a static argument and arrays, of which JAX keeps the trace.
+
+    A value and its gradient trace the same statistics, losses of one kind as well.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def of(known: Known | None, static: object, *args: object) -> Result:
+        del known  # on which the trace depends
+        return run(static, *args)
+
+    def traced(static: object, *args: object) -> Result:
+        # A gradient is traced within an empty mesh where a value is within none.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return of(_known.get(), static, *args)
+
+    return traced
+
+
 def default_platform() -> str:
     """Where arrays are if nobody says otherwise: `"cpu"`, `"gpu"` or `"tpu"`."""
     return jax.default_backend()

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxlosses._math.classes import Spec, Values
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
+from jaxlosses._platform import traced_once
 from jaxlosses._sharding import summed_like
 from jaxlosses._types import Tree
 
@@ -85,6 +86,11 @@ class Residuals(NamedTuple):
     depth: Values | None
 
 
+@traced_once
+def _evaluate(backend: Backend[Operands], operands: Operands) -> Statistics:
+    return backend.evaluate(operands)
+
+
 def statistics(
     backend: Backend[Operands], operands: Operands, forward_mode: bool = False
 ) -> Statistics:
@@ -101,7 +107,7 @@ def statistics(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _reverse(backend: Backend[Operands], operands: Operands) -> Statistics:
-    return backend.evaluate(operands)
+    return _evaluate(backend, operands)
 
 
 def _reverse_fwd(
@@ -142,7 +148,7 @@ _reverse.defvjp(_reverse_fwd, _reverse_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _forward(backend: Backend[Operands], operands: Operands) -> Statistics:
-    return backend.evaluate(operands)
+    return _evaluate(backend, operands)
 
 
 def _forward_jvp(

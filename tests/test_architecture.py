@@ -59,7 +59,7 @@ KNOWS = {
     "_combine": {"_math"},
     "_rows": {"_math", "_combine", "_types", "_checks"},
     "_options": {"_math", "_combine", "_rows", "_sharding", "_types", "_checks"},
-    "_rules": {"_math", "_sharding", "_types"},
+    "_rules": {"_math", "_sharding", "_platform", "_types"},
     "_backends": {
         *("_backends", "_rules", "_math", "_elementary"),
         *("_sharding", "_platform", "_types"),
