@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike
 from jaxlosses import testing as testing
 from jaxlosses._backends.head import Layout
 from jaxlosses._backends.plan import Strategy
-from jaxlosses._combine import Reduction
+from jaxlosses._combine import Metric, Reduction
 from jaxlosses._combine import Stats as Stats
 from jaxlosses._log_probs import softmax_entropy as softmax_entropy
 from jaxlosses._rows import Rows as Rows
@@ -78,7 +78,7 @@ def softmax_cross_entropy(
     axis: int | tuple[int, ...] | None = -1,
     where: ArrayLike | None = None,
     *,
-    return_stats: Literal[True],
+    return_stats: Literal[True] | tuple[Metric, ...],
     **options: Unpack[_Options],
 ) -> tuple[Array, Stats]: ...
 @overload
@@ -88,7 +88,7 @@ def softmax_cross_entropy(
     axis: int | tuple[int, ...] | None = -1,
     where: ArrayLike | None = None,
     *,
-    return_stats: bool,
+    return_stats: bool | tuple[Metric, ...],
     **options: Unpack[_Options],
 ) -> Array | tuple[Array, Stats]: ...
 @overload
@@ -108,7 +108,7 @@ def softmax_cross_entropy_with_integer_labels(
     axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     *,
-    return_stats: Literal[True],
+    return_stats: Literal[True] | tuple[Metric, ...],
     **options: Unpack[_OfIds],
 ) -> tuple[Array, Stats]: ...
 @overload
@@ -118,7 +118,7 @@ def softmax_cross_entropy_with_integer_labels(
     axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     *,
-    return_stats: bool,
+    return_stats: bool | tuple[Metric, ...],
     **options: Unpack[_OfIds],
 ) -> Array | tuple[Array, Stats]: ...
 @overload
@@ -138,7 +138,7 @@ def linear_softmax_cross_entropy(
     labels: ArrayLike,
     bias: ArrayLike | None = None,
     *,
-    return_stats: Literal[True],
+    return_stats: Literal[True] | tuple[Metric, ...],
     **options: Unpack[_Fused],
 ) -> tuple[Array, Stats]: ...
 @overload
@@ -148,7 +148,7 @@ def linear_softmax_cross_entropy(
     labels: ArrayLike,
     bias: ArrayLike | None = None,
     *,
-    return_stats: bool,
+    return_stats: bool | tuple[Metric, ...],
     **options: Unpack[_Fused],
 ) -> Array | tuple[Array, Stats]: ...
 @overload

@@ -26,6 +26,7 @@ _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _REDUCTIONS = ("none", "sum", "mean")
 _LAYOUTS = ("dv", "vd")
 _STRATEGIES = ("auto", "tokens", "recompute", "vocab", "dense")
+_METRICS = ("entropy", "rank", "confidence", "label_logit")
 
 
 def logits(x: Given) -> Array:
@@ -755,6 +756,21 @@ def flag(argument: str, x: Given) -> bool:
         "It is static: pass a Python bool.",
     )
     return bool(x)
+
+
+def return_stats(x: Given) -> tuple[bool, tuple[Any, ...]]:
+    """Whether metrics are wanted, and which by name."""
+    wanted = f"True, False or a tuple of {', '.join(map(repr, _METRICS))}"
+    argument = "return_stats"
+    _demand_static(argument, x, wanted)
+    if isinstance(x, bool | np.bool_):
+        return bool(x), ()
+    fix = 'One name is a tuple as well: return_stats=("rank",).'
+    _demand(isinstance(x, tuple | list), TypeError, argument, _describe(x), wanted, fix)
+    for name in x:
+        known = isinstance(name, str) and name in _METRICS
+        _demand(known, ValueError, argument, repr(name), wanted, fix)
+    return True, tuple(name for name in _METRICS if name in x)
 
 
 def has_own_messages(function: Function) -> Function:

@@ -12,10 +12,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses._math import statistics
-from jaxlosses._math.classes import Inputs, Spec, Values, label_ids
+from jaxlosses._math.classes import Inputs, Spec, Values, label_ids, masked
 from jaxlosses._math.statistics import Statistics
 
 Reduction = Literal["none", "sum", "mean"]
+# A metric that only its name brings.
+Metric = Literal["entropy", "rank", "confidence", "label_logit"]
 
 
 class Stats(NamedTuple):
@@ -33,6 +35,12 @@ class Stats(NamedTuple):
         correct: whether `predicted` is the label (dense: the arg max of the labels).
         weight: its term of the mean's denominator: `weights * w_y` for a label `y` of
             class weight `w_y`, `weights` for dense labels.
+        entropy: of the probabilities, in nats. This and what follows is None without
+            its name in `return_stats`.
+        rank: how many classes have a larger logit than the label; those of a label
+            that cannot be are all. Among the best `k` is a label of `rank < k`.
+        confidence: the largest probability.
+        label_logit: logit of the label after cap and scale.
     """
 
     lse: Float[Array, "*B"]
@@ -41,6 +49,10 @@ class Stats(NamedTuple):
     predicted: Integer[Array, "*B"]
     correct: Bool[Array, "*B"]
     weight: Float[Array, "*B"]
+    entropy: Float[Array, "*B"] | None = None
+    rank: Integer[Array, "*B"] | None = None
+    confidence: Float[Array, "*B"] | None = None
+    label_logit: Float[Array, "*B"] | None = None
 
 
 # The loss, and with `return_stats` its metrics.
@@ -122,6 +134,7 @@ def losses(
     coefficients: Coefficients,
     weighed: Coefficients,
     example: Example,
+    metrics: tuple[Metric, ...] = (),
     plain_nll: Values | None = None,
 ) -> Losses:
     """Losses and metrics from the statistics, whose class axes are of size 1.
@@ -133,6 +146,7 @@ def losses(
         coefficients: of the options.
         weighed: of the loss: the same, or those of `for_mean`.
         example: what else is known of each example.
+        metrics: those that are wanted by name.
         plain_nll: `nll` without class weights, where they are in that of `found`.
     """
 
@@ -157,11 +171,28 @@ def losses(
         weight = weight * lax.stop_gradient(example.label_weights)
     predicted = squeezed(found.predicted)
     stats = Stats(terms.lse, nll, z_loss, predicted, correct, weight)
+    more = {name: squeezed(_metric(name, spec, inputs, found)) for name in metrics}
+    stats = stats._replace(**lax.stop_gradient(more))
     if example.weights is None:
         return Losses(loss, stats, entropy)
     on = example.weights != 0
     stats = jax.tree.map(lambda a: jnp.where(on, a, jnp.zeros_like(a)), stats)
     return Losses(loss, stats, entropy)
+
+
+def _metric(name: Metric, spec: Spec, inputs: Inputs, found: Statistics) -> Any:
+    """One of each example, whose class axes are of size 1."""
+    match name:
+        case "entropy":
+            return found.entropy
+        case "rank":
+            return found.rank
+        case "confidence":
+            return masked(inputs.counted, jnp.exp(-found.spread))
+        case "label_logit":
+            if spec.dense:
+                return statistics.label_logit(spec, inputs)
+            return statistics.lse(spec, inputs, found) - found.nll
 
 
 def per_example(

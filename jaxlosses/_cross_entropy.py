@@ -6,7 +6,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from jaxlosses import _checks, _options
 from jaxlosses._checks import Given
-from jaxlosses._combine import Reduction, Result
+from jaxlosses._combine import Metric, Reduction, Result
 from jaxlosses._logits import Arrays, loss_on_logits
 
 
@@ -29,7 +29,7 @@ def softmax_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     batch_axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | tuple[Metric, ...] = False,
 ) -> Result:
     """Softmax cross-entropy between logits and label distributions.
 
@@ -133,7 +133,7 @@ def softmax_cross_entropy_with_integer_labels(
     axis_name: str | tuple[str, ...] | None = None,
     batch_axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | tuple[Metric, ...] = False,
 ) -> Result:
     """Softmax cross-entropy between logits and class ids.
 
@@ -191,9 +191,10 @@ def softmax_cross_entropy_with_integer_labels(
             Not with `check_vma=False`, in `pmap` or for the axis of a `vmap`.
         forward_mode: register the same value and gradient so that `jax.jvp`,
             `jax.jacfwd` and `jax.linearize` work too.
-        return_stats: also return `Stats(lse, nll, z_loss, predicted, correct,
-            weight)`, each of shape `B...`: metrics from the same pass, not
-            differentiated.
+        return_stats: True, or names: also return `Stats(lse, nll, z_loss, predicted,
+            correct, weight)`, each of shape `B...`: metrics from the same pass, not
+            differentiated. A tuple adds any of `"entropy"`, `"confidence"`,
+            `"label_logit"` and, by one read more, `"rank"`; see `Stats`.
 
     Returns:
         The loss in nats: `B...`, or a scalar if reduced; float64 for float64 logits,

@@ -6,7 +6,7 @@ from jaxtyping import Array, ArrayLike
 from jaxlosses import _checks, _options
 from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
 from jaxlosses._backends.plan import Strategy
-from jaxlosses._combine import Reduction, Result
+from jaxlosses._combine import Metric, Reduction, Result
 from jaxlosses._linear import Fused, FusedArrays, fused_loss
 
 
@@ -35,7 +35,7 @@ def linear_softmax_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     batch_axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | tuple[Metric, ...] = False,
 ) -> Result:
     """Softmax cross-entropy of `hidden @ kernel + bias`, without holding the logits.
 

@@ -14,7 +14,14 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses import _checks, _combine, _rows
 from jaxlosses._checks import Given
-from jaxlosses._combine import Coefficients, Example, Losses, Masses, Reduction
+from jaxlosses._combine import (
+    Coefficients,
+    Example,
+    Losses,
+    Masses,
+    Metric,
+    Reduction,
+)
 from jaxlosses._math.classes import Inputs, Spec, Values, count_of
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._rows import Function
@@ -35,6 +42,7 @@ class Static:
         batch_axes: mesh axes that split the examples of a sum or mean.
         return_entropy: whether that is a result, to be differentiated.
         function: of the statistics, in place of the loss that the options make.
+        metrics: those that are wanted by name.
     """
 
     spec: Spec
@@ -45,6 +53,7 @@ class Static:
     batch_axes: tuple[str, ...] = ()
     return_entropy: bool = False
     function: Function | None = None
+    metrics: tuple[Metric, ...] = ()
 
     @property
     def return_stats(self) -> bool:
@@ -137,17 +146,23 @@ def check(
     )
     names = _checks.axis_name(axis_name)
     over = _checks.batch_axis_name(batch_axis_name, names, reduction)
+    stats, metrics = _checks.return_stats(return_stats)
     spec = Spec(
         axes=axes,
         dense=dense,
         softcap=_checks.logit_softcap(logit_softcap),
         smooth=options.label_smoothing is not None,
         lse=options.z_loss is not None,
-        predicted=_checks.flag("return_stats", return_stats),
+        predicted=stats,
+        entropy="entropy" in metrics,
+        rank="rank" in metrics,
         shards=shards_over(names),
     )
     forward_mode = _checks.flag("forward_mode", forward_mode)
-    return Static(spec, ignored, reduction, forward_mode, names, over), options
+    static = Static(
+        spec, ignored, reduction, forward_mode, names, over, metrics=metrics
+    )
+    return static, options
 
 
 def check_transform(
@@ -261,7 +276,9 @@ def losses(
     spec = static.spec
     if static.function is not None:
         return _rows.losses(spec, inputs, found, static.function, given, example)
-    return _combine.losses(spec, inputs, found, *weighing, example, plain_nll)
+    return _combine.losses(
+        spec, inputs, found, *weighing, example, static.metrics, plain_nll
+    )
 
 
 # --- Reductions over examples.

@@ -162,14 +162,13 @@ def _forward_jvp(
     # JAX has traced of one it keeps, and a trace may be for one platform.
     push = jax.checkpoint(functools.partial(_push, backend), prevent_cse=False)
     d = push(operands, kept, _without_zeros(d_operands))
-    d_predicted: Any = None
-    if result.predicted is not None:
-        # NumPy has no array of a symbolic size.
-        d_predicted = SymbolicZero.from_primal_value(result.predicted)
+    # NumPy has no array of a symbolic size.
+    zero: Any = SymbolicZero.from_primal_value
+    d_predicted, d_rank = jax.tree.map(zero, (result.predicted, result.rank))
     d_depth = None if d.entropy is None else d.entropy - d.spread
     d_peak = jnp.zeros_like(result.peak)
     d_result = Statistics(
-        d_peak, d.spread, d.nll, d.smooth, d_predicted, d.entropy, d_depth
+        d_peak, d.spread, d.nll, d.smooth, d_predicted, d.entropy, d_depth, d_rank
     )
     return result, d_result
 

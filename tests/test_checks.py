@@ -80,6 +80,8 @@ TOKENS_OF_ALL = (
     "Pass the number of tokens of all steps, say, or None for those of this call."
 )
 FLAG = "True or False. It is static: pass a Python bool."
+STATS = "True, False or a tuple of 'entropy', 'rank', 'confidence', 'label_logit'"
+ONE_NAME = 'One name is a tuple as well: return_stats=("rank",).'
 
 DV = 'kernel_layout="dv" is (features, classes).'
 VD = 'kernel_layout="vd" is (classes, features).'
@@ -641,13 +643,19 @@ MISTAKES = {
         integer,
         {"return_stats": None},
         TypeError,
-        f"return_stats: got None of type NoneType, expected {FLAG}",
+        f"return_stats: got None of type NoneType, expected {STATS}. {ONE_NAME}",
     ),
     "return_stats as a string": Mistake(
         dense,
-        {"return_stats": "yes"},
+        {"return_stats": "rank"},
         TypeError,
-        f"return_stats: got 'yes' of type str, expected {FLAG}",
+        f"return_stats: got 'rank' of type str, expected {STATS}. {ONE_NAME}",
+    ),
+    "return_stats of an unknown name": Mistake(
+        linear,
+        {"return_stats": ("rank", "top5")},
+        ValueError,
+        f"return_stats: got 'top5', expected {STATS}. {ONE_NAME}",
     ),
     # the head
     "head: hidden of integers": Mistake(
@@ -1007,7 +1015,7 @@ JITTED: dict[str, tuple[Any, Any, str]] = {
     "ignore_index": (-100, "int32", "an int or None"),
     "logit_softcap": (30.0, "float32", "a Python number or None"),
     "forward_mode": (True, "bool", "True or False"),
-    "return_stats": (True, "bool", "True or False"),
+    "return_stats": (True, "bool", STATS),
     "workspace_bytes": (2**20, "int32", "an int or None"),
 }
 

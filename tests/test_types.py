@@ -51,11 +51,13 @@ def check(x: Array, flag: bool) -> None:
 
 
 def returns(flag: str, beside: str) -> list[tuple[str, str]]:
+    pair = f"tuple[Array, {beside}]"
     return [
         ("", "Array"),
         (f"{flag}=False", "Array"),
-        (f"{flag}=True", f"tuple[Array, {beside}]"),
+        (f"{flag}=True", pair),
         (f"{flag}=flag", f"Array | tuple[Array, {beside}]"),
+        *([(f'{flag}=("rank",)', pair)] if flag == "return_stats" else []),
     ]
 
 
@@ -69,7 +71,11 @@ def test_a_type_checker_knows_a_loss_from_a_pair(tmp_path: pathlib.Path) -> None
     checks += [
         f"    jl.{name}({arguments}, {mistake})  # type: ignore[call-overload]\n"
         for name, arguments in OVERLOADED.items()
-        for mistake in ("smoothing=0.1", "axis_name=1", f"{FLAGS[name][0]}=None")
+        for mistake in (
+            "smoothing=0.1",
+            "axis_name=1",
+            f"{FLAGS[name][0]}=None",
+        )
     ]
     path = tmp_path / "snippet.py"
     path.write_text(SNIPPET + "".join(checks) + OF_ROWS, "utf-8")
@@ -109,7 +115,8 @@ def test_overloads_take_what_the_loss_takes(name: str) -> None:
     assert isinstance(loss, ast.FunctionDef)
     positional = annotated(loss.args.args)
     keywords = annotated(loss.args.kwonlyargs)
-    assert keywords.pop(FLAGS[name][0]) == "bool"
+    flag = "bool" if name in LOG_PROBS else "bool | tuple[Metric, ...]"
+    assert keywords.pop(FLAGS[name][0]) == flag
     overloads = [
         node.args
         for node in STUB.body

@@ -16,7 +16,12 @@ _SLICES_ON_TPU = 4
 
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
-    """Statistics of given logits, read as the platform of the program wants it.
+    """Statistics of given logits, read as the platform of the program wants it."""
+    return statistics.with_rank(spec, inputs, _evaluate(spec, inputs))
+
+
+def _evaluate(spec: Spec, inputs: Inputs) -> Statistics:
+    """All but the rank.
 
     Off a CPU a reduction of several numbers at once reads them once. XLA:CPU would take
     it one by one, and XLA:GPU writes the slices of a row that help XLA:TPU

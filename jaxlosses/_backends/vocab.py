@@ -84,8 +84,26 @@ class ByClasses:
         if spec.shards != Whole():
             part = _shifted(part, spec.shards.first_id(pieces.num_classes))
             part = statistics.merge(spec, part, spec.shards, whole)
-        out: Statistics = squeezed(spec, statistics.finish(spec, part, whole))
+        found = statistics.finish(spec, part, whole)
+        if spec.rank:
+            found = self._ranked(pieces, whole, found, part.label)
+        out: Statistics = squeezed(spec, found)
         return out
+
+    def _ranked(
+        self, pieces: "_Pieces", whole: Inputs, found: Statistics, label: Values
+    ) -> Statistics:
+        """The same with the rank of a label, which only all chunks have found."""
+
+        def body(number: Array, i: Array) -> tuple[Array, None]:
+            piece = pieces.take(i)
+            more = statistics.number_ahead(pieces.spec, piece.inputs, label)
+            return number + more, None
+
+        number, _ = scan(body, jnp.zeros(label.shape, jnp.int32), pieces.ids)
+        number = self.spec.shards.sum(number)
+        every = pieces.num_classes * self.spec.shards.count()
+        return statistics.ranked(whole, found, number, every)
 
     def pullback(
         self,

@@ -88,6 +88,7 @@ class Spec:
         lse: whether the cotangent of `lse` can be other than zero.
         predicted: whether the arg max is wanted.
         entropy: whether the entropy is wanted.
+        rank: whether the number of classes ahead of the label is.
         shards: how sums over classes come together where devices hold parts of them.
     """
 
@@ -98,6 +99,7 @@ class Spec:
     lse: bool = False
     predicted: bool = False
     entropy: bool = False
+    rank: bool = False
     shards: Whole = Whole()
 
 
@@ -241,7 +243,7 @@ def sum_of_others(spec: Spec, targets: Values) -> Values:
     return jnp.where(dominates, rest, of_all - targets)
 
 
-def masked(mask: Mask | None, a: Values) -> Values:
+def masked(mask: Mask | None, a: Array) -> Array:
     """`a` where the mask holds, else zero; no mask holds everywhere."""
     return a if mask is None else jnp.where(mask, a, 0)
 

@@ -30,7 +30,9 @@ from jaxlosses._math.classes import (
     expected,
     first,
     has_label,
+    ids_of_classes,
     is_label,
+    label_ids,
     largest,
     masked,
     targets_of,
@@ -47,6 +49,7 @@ from jaxlosses._math.transform import (
     scaled,
     signed_of,
 )
+from jaxlosses._types import Size
 
 
 class Statistics(NamedTuple):
@@ -65,6 +68,7 @@ class Statistics(NamedTuple):
     predicted: Ids | None = None
     entropy: Values | None = None
     depth: Values | None = None
+    rank: Ids | None = None
 
 
 class Partial(NamedTuple):
@@ -313,17 +317,57 @@ def _finish(
     return with_entropy(Statistics(peak, spread, nll), part.tail)
 
 
+def with_rank(spec: Spec, inputs: Inputs, found: Statistics) -> Statistics:
+    """The same with the rank of the label, by one read more, if it is wanted."""
+    if not spec.rank:
+        return found
+    label = signed_at_label(spec, inputs)
+    number = spec.shards.sum(number_ahead(spec, inputs, label))
+    return ranked(inputs, found, number, count_of(spec, inputs.logits.shape))
+
+
+def ranked(inputs: Inputs, found: Statistics, number: Ids, of: Size) -> Statistics:
+    """The same with so many classes ahead of the label: all, where it cannot be."""
+    rank = jnp.where(jnp.isnan(found.nll), jnp.asarray(of, number.dtype), number)
+    return found._replace(rank=masked(inputs.counted, rank))
+
+
+def signed_at_label(spec: Spec, inputs: Inputs) -> Values:
+    """The label's logit, with the sign of the scale; of a distribution, the arg max."""
+    signed, _ = signed_of(inputs)
+    at = ids_of_classes(spec, signed.shape) == label_ids(spec, inputs)
+    return total(spec, jnp.where(at, signed, 0))
+
+
+def number_ahead(spec: Spec, inputs: Inputs, label: Values) -> Ids:
+    """How many of the classes that are here have a larger logit."""
+    ahead = signed_of(inputs)[0] > label
+    return jnp.sum(ahead.astype(jnp.int32), spec.axes, keepdims=True)
+
+
 def lse(spec: Spec, inputs: Inputs, statistics: Statistics) -> Values:
     """Log-sum-exp of the transformed logits; zero for what does not count."""
     # A NaN is in the spread as well; here it would be the slope of the scale.
     peak = masked(~jnp.isnan(statistics.peak), lax.stop_gradient(statistics.peak))
-    low = jnp.zeros_like(peak)
+    peak, low = _transformed(spec, inputs, peak)
+    return peak + (low + statistics.spread)
+
+
+def label_logit(spec: Spec, inputs: Inputs) -> Values:
+    """The label's logit after cap and scale, by one read."""
+    z = _transformed(spec, inputs, signed_at_label(spec, inputs))
+    return z.high + z.low
+
+
+def _transformed(spec: Spec, inputs: Inputs, signed: Values) -> Pair:
+    """`|scale| * cap(z)` of some logits with the sign of the scale."""
+    z = Pair(signed, jnp.zeros_like(signed))
     if spec.softcap is not None:
-        peak, low = softcap.exact_difference(spec.softcap, peak, low)
+        z = softcap.exact_difference(spec.softcap, *z)
     if inputs.scale is not None:
         magnitude = magnitude_of(inputs.scale)
-        peak, low = magnitude * peak, magnitude * low
-    return peak + (low + statistics.spread)
+        z = Pair(magnitude * z.high, magnitude * z.low)
+    return z
 
 
 def counted_only(statistics: Statistics, counted: Mask | None) -> Statistics:
