@@ -260,6 +260,7 @@ def example_inputs(rng: np.random.Generator, batch: tuple[int, ...]) -> dict[str
     }
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("batch", "mapped", "equal", "blocked"),

@@ -61,6 +61,7 @@ def on_eight_devices(run: Callable[..., Any]) -> Callable[..., Any]:
     return jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P())
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_mean_over_devices_is_the_mean_of_one_call(name: str, options: str) -> None:
@@ -112,6 +113,7 @@ def test_means_of_steps_add_up_to_the_mean_of_all(name: str) -> None:
     assert_exact(problem, sum(values), np.concatenate(gradients))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_given_denominator_divides_all_and_zero_gives_zero(name: str) -> None:
     problem = Problem(name, OPTIONS["all"])

@@ -404,6 +404,7 @@ def test_forward_mode_without_its_option_is_refused_by_name() -> None:
 # Seen right elsewhere, and to be kept right
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4", "uint8"])
 @by_loss_of_ids
 def test_narrow_labels_of_more_classes_than_they_can_count(
@@ -420,6 +421,7 @@ def test_narrow_labels_of_more_classes_than_they_can_count(
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_16_bit_head_has_logits_beyond_its_largest_number(strategy: Any) -> None:
     rng = np.random.default_rng(0)
@@ -493,6 +495,7 @@ def test_a_temperature_is_learned(name: str) -> None:
     np.testing.assert_allclose(step(log_scale)[0], np.min(exact), rtol=1e-4)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("name", ["dense", "integer"])
 def test_a_scan_of_masked_and_ignored_rows_under_vmap(name: str, axis: int) -> None:

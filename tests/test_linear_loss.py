@@ -199,6 +199,7 @@ def nll(rows: jl.Rows) -> jax.Array:
     return rows.nll
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "reduction"), turns([*STRATEGIES, "auto"], ["sum", "mean"])
 )
@@ -262,6 +263,7 @@ def test_rows_are_the_statistics_of_each_example(strategy: str) -> None:
 # --- What a function may do.
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_it_closes_over_gets_its_gradient(strategy: str) -> None:
     problem = Problem()
@@ -374,6 +376,7 @@ def test_a_bad_label_is_loud_whatever_the_function_makes_of_it(strategy: str) ->
     np.testing.assert_array_equal(np.isnan(gradient).all(-1), np.arange(T) == 4)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", ["recompute", "vocab", "dense"])
 def test_forward_mode(strategy: str) -> None:
     problem = Problem()
@@ -391,6 +394,7 @@ def mesh_of(kind: AxisType) -> Any:
     return jax.make_mesh((2, 4), ("data", "model"), (kind,) * 2)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "kind"), turns(STRATEGIES, [AxisType.Explicit, AxisType.Auto])
 )
@@ -477,6 +481,7 @@ class Parts:
         return mean
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "closes"),
     [
@@ -519,6 +524,7 @@ def test_what_devices_share_is_no_closure_of_tokens() -> None:
     )
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", sweep(STRATEGIES, lambda s: s != "dense"))
 def test_export_with_any_number_of_examples(strategy: str) -> None:
     problem = Problem()

@@ -79,6 +79,7 @@ def check(name: str, logits: Any, local: bool = False, **options: Any) -> None:
     assert error.max() <= 1
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @by_entropy
 def test_every_digit_of_an_entropy_and_its_gradient_is_right(
@@ -88,6 +89,7 @@ def test_every_digit_of_an_entropy_and_its_gradient_is_right(
         check(name, confident(classes, dtype)[0])
 
 
+@pytest.mark.alternate
 @by_entropy
 def test_every_digit_is_right_in_blocks_of_a_cpu(
     monkeypatch: pytest.MonkeyPatch, name: str
@@ -115,6 +117,7 @@ def test_what_people_write_loses_the_digits() -> None:
     assert errors["ours"] < 4e-6
 
 
+@pytest.mark.alternate
 @by_entropy
 @pytest.mark.parametrize(
     "options",
@@ -157,6 +160,7 @@ def test_an_entropy_of_any_axes_and_shapes_is_that_of_its_classes() -> None:
 # Log-probabilities
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("rows", [7, 64], ids=["whole", "blocks"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @by_function
@@ -184,6 +188,7 @@ def test_log_probabilities_are_minus_the_loss_to_the_bit(
             assert np.isnan(alone).sum() == (labels == -1).sum()
 
 
+@pytest.mark.alternate
 @by_function
 def test_what_does_not_count_is_zero_and_what_cannot_be_is_nan(name: str) -> None:
     rng = np.random.default_rng(0)

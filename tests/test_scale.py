@@ -64,6 +64,7 @@ def assert_close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("name", "options"),
     sweep(
@@ -97,6 +98,7 @@ def test_each_example_has_its_own(name: str, options: str) -> None:
         assert_close(pull(problem.g), derivatives)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_scale_of_zero_makes_classes_alike(name: str, masked: bool) -> None:
@@ -122,6 +124,7 @@ def test_a_scale_of_zero_makes_classes_alike(name: str, masked: bool) -> None:
     np.testing.assert_allclose(d_scale, slope.sum(), rtol=1e-5)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", LOG_PROBS)
 def test_log_probabilities_and_entropies_of_each_temperature(name: str) -> None:
     problem = Problem("integer")
@@ -219,6 +222,7 @@ def test_transformations(name: str) -> None:
         assert_close(forward, [gradient[1]])
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("name", "kind"), turns(LOSSES, [AxisType.Auto, AxisType.Explicit])
 )

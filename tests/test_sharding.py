@@ -390,6 +390,7 @@ def put(mesh: jax.sharding.Mesh, array: Any, *spec: Any) -> jax.Array:
     return jax.device_put(array, jax.sharding.NamedSharding(mesh, P(*spec)))
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("dense", [False, True])
@@ -431,6 +432,7 @@ def test_sharded_logits_are_reduced_where_they_are(
         assert collective.size <= examples
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("shape", "strategy", "kind"), turns(MESHES, ALL, ["Auto", "Explicit"]), ids=str
@@ -472,6 +474,7 @@ def test_sharded_head_moves_its_gradients_and_vectors_alone(
     assert kind == "Auto" or not any(collective.in_loop for collective in large)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("strategy", [*ALL, "auto"])
