@@ -299,16 +299,29 @@ def bias(x: Given, num_classes: Size) -> Array | None:
 def fused_where(
     x: Given, num_classes: Size, batch: Shape
 ) -> tuple[Array | None, Array | None]:
-    """A mask of the classes, which all examples share, or of the examples."""
+    """A mask, as `(classes, examples)`.
+
+    That of classes has the shape `(V,)`, or `B... V` where examples have their own.
+    """
     if x is None:
         return None, None
     x = _mask(x)
     if x.shape != (num_classes,) and x.shape == batch:
         return None, x
-    fix = "Give one flag per class, the same for all examples, or one per example."
-    expected = f"({num_classes},), one per class, or {batch}, one per example"
-    _demand_shape("where", x, (num_classes,), expected, fix)
-    return x, None
+    if x.shape == (num_classes,):
+        return x, None
+    shape = (*batch, num_classes)
+    fix = "Give one flag per class, per class and example, or per example."
+    expected = (
+        f"({num_classes},), {batch}, or {shape} or broadcastable to it with the same "
+        "rank"
+    )
+    _demand_shape("where", x, [{1, n} for n in shape], expected, fix)
+    if x.shape[-1] == 1 != num_classes:
+        return None, jnp.broadcast_to(x[..., 0], batch)
+    if all(n == 1 for n in x.shape[:-1]):
+        return x.reshape(num_classes), None
+    return jnp.broadcast_to(x, shape), None
 
 
 def strategy(x: Given) -> Any:

@@ -20,7 +20,7 @@ from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
 from jaxlosses._combine import Example, Losses
 from jaxlosses._logits import Arrays, loss_on_logits
-from jaxlosses._math.classes import any_class
+from jaxlosses._math.classes import any_class, ids_of_classes
 from jaxlosses._options import Options, Static, Weighing
 from jaxlosses._rows import Given
 from jaxlosses._types import DType, Tree
@@ -46,7 +46,7 @@ class FusedArrays(NamedTuple):
 
     head: Head
     labels: Array
-    where: Bool[Array, " V"] | None
+    where: Bool[Array, "..."] | None
     examples: Bool[Array, "*B"] | None
     options: Options
 
@@ -83,7 +83,7 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         ),
         # A distribution has the classes as well.
         labels=(*batch, *every) if on_logits.spec.dense else batch,
-        where=every,
+        where=every if _is_shared(arrays.where) else (*batch, *every),
         examples=batch,
         options=of_options(
             class_weights=every,
@@ -144,8 +144,9 @@ def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
     on_logits = static.on_logits
     rule = head.project if on_logits.forward_mode else head.logits
     batch = arrays.head.hidden.shape[:-1]
-    of_all = (1,) * len(batch) + (-1,)
-    where = None if arrays.where is None else arrays.where.reshape(of_all)
+    where = arrays.where
+    if where is not None and _is_shared(where):
+        where = where.reshape((1,) * len(batch) + (-1,))
     masks = _options.all_of(_masks(arrays), batch)
     z = rule(static.matmul, arrays.head)
     given = Arrays(z, arrays.labels, where, masks, arrays.options)
@@ -161,9 +162,13 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
     )
     given = options.given._replace(args=args)
     scale = jnp.ravel(jnp.asarray(scale)) if options.scales_each else scale
+    where = arrays.where
+    if where is not None and not _is_shared(where):
+        where = where.reshape(-1, where.shape[-1])
     return arrays._replace(
         head=arrays.head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
         labels=labels,
+        where=where,
         examples=examples,
         options=options._replace(weights=weights, logit_scale=scale, given=given),
     )
@@ -176,6 +181,7 @@ def _in_chunks(
     on_logits, spec = static.on_logits, static.on_logits.spec
     options, given, dtype = arrays.options, arrays.options.given, static.dtype
     labels, example = _labels(static, arrays)
+    exists = arrays.where if labels.exists is None else None
     coefficients, scale = options.coefficients(dtype), options.scale(dtype)
     class_weights = options.class_weights if spec.smooth else None
     like = jnp.zeros(labels.ids.shape, dtype)
@@ -195,16 +201,16 @@ def _in_chunks(
                 given.args,
             ),
             labels,
-            arrays.where,
+            exists,
         )
         loss_of = functools.partial(_loss_of_chunk, on_logits)
         total, beside = tokens.summed(plans, loss_of, operands)
         return Losses(_options.over_batch(on_logits, total, masses), *beside)
 
-    product = Product(arrays.head, class_weights, scale, labels, arrays.where)
+    product = Product(arrays.head, class_weights, scale, labels, exists)
     backend = ByClasses(spec, plans) if way == "vocab" else ByExamples(spec, plans)
     found = _rules.statistics(backend, product, on_logits.forward_mode)
-    inputs = head.inputs_of(spec, None, labels, arrays.where, class_weights, scale)
+    inputs = head.inputs_of(spec, None, labels, exists, class_weights, scale)
     found = head.expanded(spec, found)
     out = _options.losses(on_logits, inputs, found, weighing, example, given)
     return _options.reduced(on_logits, out, masses)
@@ -242,19 +248,30 @@ def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     label_weights = None
     if options.class_weights is not None:
         label_weights = of_labels(options.class_weights)
-    if arrays.where is not None:
-        ids = jnp.where(of_labels(arrays.where.astype(dtype)) > 0, ids, -1)
+    where = arrays.where
+    own = None if _is_shared(where) else where
+    if own is not None:
+        at_label = ids_of_classes(spec, shape) == ids[..., None]
+        ids = jnp.where(any_class(spec, at_label & own)[..., 0], ids, -1)
+    elif where is not None:
+        ids = jnp.where(of_labels(where.astype(dtype)) > 0, ids, -1)
     counted, weights = _counted(static, arrays), options.example_weights(dtype)
-    return Labels(ids, counted), Example(counted, label_weights, weights)
+    return Labels(ids, counted, own), Example(counted, label_weights, weights)
 
 
 def _counted(static: Fused, arrays: FusedArrays) -> Bool[Array, "*B"] | None:
     """Which examples count, or None for all of them."""
     masks = _options.not_ignored(static.on_logits, arrays.labels) + _masks(arrays)
     if arrays.where is not None:
-        spec = dataclasses.replace(static.on_logits.spec, axes=(0,))
-        masks.append(any_class(spec, arrays.where)[0])
+        axes = (arrays.where.ndim - 1,)
+        spec = dataclasses.replace(static.on_logits.spec, axes=axes)
+        masks.append(any_class(spec, arrays.where)[..., 0])
     return _options.all_of(masks, arrays.head.hidden.shape[:-1])
+
+
+def _is_shared(where: Bool[Array, "..."] | None) -> bool:
+    """Whether the classes that exist are the same for every example."""
+    return where is not None and where.ndim == 1
 
 
 def _masks(arrays: FusedArrays) -> list[Bool[Array, "*B"]]:

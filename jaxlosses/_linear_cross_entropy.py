@@ -58,8 +58,10 @@ def linear_softmax_cross_entropy(
         bias: shape `(V,)`, floating, or None.
         kernel_layout: `"dv"` for the kernel of a dense layer, `"vd"` for an embedding
             table that is tied to the output. Neither is transposed in memory.
-        where: bool. Of shape `(V,)`: the classes that exist. Of shape `B...`: the
-            examples that count; a shape that is both means classes.
+        where: bool. Of shape `(V,)`: the classes that exist. Of shape `B... V`, or
+            broadcastable to it with the same rank: those of each example. Of shape
+            `B...`: the examples that count. A shape that is both `(V,)` and `B...`
+            means classes.
         strategy: how to go through the logits.
             `"tokens"`: chunks of examples, the gradient formed in the forward pass;
             three matmuls for value and gradient. Needs `reduction` `"sum"` or

@@ -755,12 +755,12 @@ MISTAKES = {
         TypeError,
         "where: got dtype float32, expected bool. Compare it: mask != 0.",
     ),
-    "head: where with a batch axis": Mistake(
+    "head: where of other examples": Mistake(
         linear,
-        {"where": zeros((1, 6), jnp.bool_)},
+        {"where": zeros((3, 6), jnp.bool_)},
         ValueError,
-        "where: got shape (1, 6), expected (6,), one per class, or (4,), one per "
-        "example. Give one flag per class, the same for all examples, or one per "
+        "where: got shape (3, 6), expected (6,), (4,), or (4, 6) or broadcastable to "
+        "it with the same rank. Give one flag per class, per class and example, or per "
         "example.",
     ),
     "head: one-hot labels of integers": Mistake(

@@ -26,6 +26,7 @@ from helpers import (
     sweep,
     turns,
 )
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import accumulated
 
@@ -195,7 +196,7 @@ def check(
     logits = h @ k + (0 if bias is None else bias.astype(np.float64))
     on_logits = dict(options)
     if "where" in on_logits:
-        on_logits["where"] = np.asarray(on_logits["where"])[None, :]
+        on_logits["where"] = np.atleast_2d(on_logits["where"])
     exact = oracle.loss(logits, labels, **on_logits)
     cotangent = np.resize([1.0, -0.5, 2.0, -1.0, 0.25], exact.shape).astype(wide)
 
@@ -557,6 +558,81 @@ def test_nan_features_of_an_example_that_does_not_count_are_harmless(
     assert np.isfinite(loss)
     assert_all_zero(gradients["hidden"][out], gradients["weights"][out])
     assert np.all(np.isfinite(gradients["kernel"]))
+
+
+@by_strategy_and_place
+def test_each_example_may_have_classes_of_its_own(strategy: str, local: bool) -> None:
+    given = head()
+    rng = np.random.default_rng(2)
+    exists = rng.uniform(size=(B, V)) < 0.5
+    exists[np.arange(B), given["labels"]] = True
+    exists[4] = False  # without any class it does not count
+    given["labels"][6] = -100
+    options = {
+        "where": exists,
+        "label_smoothing": 0.1,
+        "class_weights": rng.uniform(0.1, 3, V),
+        "ignore_index": -100,
+        "reduction": "mean",
+    }
+    loss, gradients = check(strategy, given, local=local, **options)
+    assert np.isfinite(loss)
+    assert_all_zero(gradients["hidden"][[4, 6]])
+    # A label that only other examples have is one that cannot be.
+    exists[2, given["labels"][2]] = False
+    options["reduction"] = "sum" if strategy == "tokens" else "none"
+    _, gradients = check(strategy, given, local=local, **options)
+    bad = np.arange(B) == 2
+    assert np.all(np.isnan(gradients["hidden"]) == bad[:, None])
+
+
+@pytest.mark.without_llvm_passes
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@by_strategy
+def test_classes_of_their_own_on_a_mesh(strategy: str, kind: AxisType) -> None:
+    given, classes = head((8, D, 40)), 40
+    exists = np.random.default_rng(3).uniform(size=(8, classes)) < 0.5
+    exists[np.arange(8), given["labels"]] = True
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (kind,) * 2)
+
+    def loss(hidden: Any, kernel: Any, labels: Any, where: Any) -> Any:
+        return linear(
+            hidden,
+            kernel,
+            labels,
+            where=where,
+            strategy=strategy,
+            workspace_bytes=WORKSPACE,
+            reduction="mean",
+        )
+
+    value_and_gradients = jax.value_and_grad(loss, (0, 1))
+    arrays = (*given.values(), exists)
+    exact = value_and_gradients(*arrays)
+    splits = (P("data"), P(None, "model"), P("data"), P("data"))
+    with jax.set_mesh(mesh):
+        split = [
+            jax.device_put(a, NamedSharding(mesh, spec))
+            for a, spec in zip(arrays, splits, strict=True)
+        ]
+        got = jax.jit(value_and_gradients)(*split)
+    for a, b in zip(*map(jax.tree.leaves, (got, exact)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.without_llvm_passes
+@pytest.mark.parametrize("shape", [(1, V), (B, 1), (V,), (B,)], ids=str)
+def test_a_mask_broadcasts_to_the_logits_it_would_have(shape: Any) -> None:
+    given = head()
+    mask = np.random.default_rng(4).uniform(size=shape) < 0.5
+    if shape[-1] == V:
+        mask[..., given["labels"]] = True
+    full = mask[:, None] if shape == (B,) else mask
+    options = {"strategy": "recompute", "workspace_bytes": WORKSPACE}
+    loss = linear(**given, where=mask, **options)
+    logits = given["hidden"] @ given["kernel"]
+    exact = oracle.loss(logits, given["labels"], where=np.broadcast_to(full, (B, V)))
+    np.testing.assert_allclose(loss, exact, rtol=1e-5, atol=1e-6)
 
 
 BAD = [0, 3, 12]

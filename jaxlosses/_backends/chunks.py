@@ -81,7 +81,7 @@ class Cut:
     """Examples in chunks, and back."""
 
     def __init__(self, plan: Plan, labels: Labels) -> None:
-        ids, counted = labels
+        ids, counted, exists = labels
         self._plan, self._total = plan, ids.shape[plan.axis]
         self._size = -(-self._total // plan.num_chunks)
         self._padding = self._size * plan.num_chunks - self._total
@@ -92,10 +92,10 @@ class Cut:
         if self._padding and counted is None:
             counted = jnp.ones(ids.shape, bool)
         # What pads is zero: labels of class 0 that do not count.
-        self.labels: Labels = self.split(Labels(ids, counted))
+        self.labels: Labels = self.split(Labels(ids, counted, exists))
 
     def split(self, tree: Tree) -> Tree:
-        """Every `B...` array as chunks along a new first axis."""
+        """Every array that begins with `B...` as chunks along a new first axis."""
         return jax.tree.map(self._split, tree)
 
     def join(self, tree: Tree) -> Tree:

@@ -20,6 +20,7 @@ from jaxlosses._math.classes import (
     Spec,
     Values,
     accumulation_dtype,
+    both,
 )
 from jaxlosses._rules import cotangent_like
 from jaxlosses._types import DType, Size, Tree
@@ -61,10 +62,17 @@ class Matmul(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What belongs to each example, `B...`; masks of None stand for all of them."""
+    """What belongs to each example; masks of None stand for all.
+
+    Attributes:
+        ids: class ids, `B...`.
+        counted: whether it counts, `B...`.
+        exists: classes of its own that exist, `B... V`.
+    """
 
     ids: Integer[Array, "*B"]
     counted: Bool[Array, "*B"] | None
+    exists: Bool[Array, "*B V"] | None = None
 
 
 _nothing: Any = None
@@ -80,7 +88,7 @@ class Product(NamedTuple):
         class_weights: `V`, or None for ones.
         scale: factor of the logits, a scalar or `B...`, or None for one.
         labels: ids and masks.
-        exists: classes that exist, or None for all.
+        exists: classes that exist for every example, or None for all.
     """
 
     head: Head
@@ -204,7 +212,7 @@ def inputs_of(
     return Inputs(
         logits,
         along_examples(labels.ids),
-        along_classes(exists),
+        both(along_classes(exists), labels.exists),
         along_examples(labels.counted),
         along_classes(class_weights) if spec.smooth else None,
         along_examples(scale) if scale is not None and scale.ndim else scale,

@@ -28,7 +28,7 @@ class Operands(NamedTuple):
         closed: likewise, what a function of the caller closes over.
         rows: differentiable, of the shape `B...`.
         labels: ids and masks.
-        exists: classes that exist, or None for all.
+        exists: classes that exist for every example, or None for all.
     """
 
     head: Head

@@ -240,7 +240,9 @@ class _Pieces:
             exists = fresh if exists is None else exists & fresh
         here = product._replace(
             class_weights=part(product.class_weights),
-            labels=product.labels._replace(ids=self._labels - start),
+            labels=product.labels._replace(
+                ids=self._labels - start, exists=part(product.labels.exists, rank - 1)
+            ),
             exists=exists,
         )
         inputs = _inputs(self.spec, project(self._plan.matmul, head), here)
