@@ -210,11 +210,11 @@ def test_statistics_of_an_example_of_weight_zero_are_zeros(name: str, row: str) 
         weights=WEIGHTS,
         z_loss=1e-4,
         reduction="sum",
-        return_stats=True,
+        return_stats=("entropy", "rank", "confidence", "label_logit"),
     )
     stats = jax.device_get(stats)
-    for values in stats:
-        assert not values[1]
+    for name, values in stats._asdict().items():
+        assert not values[1], name
     assert np.all(stats.nll[[0, 2]] > 0)
     np.testing.assert_array_equal(stats.predicted, [1, 0, 1])
     np.testing.assert_array_equal(stats.correct, [False, False, True])
