@@ -61,9 +61,10 @@ class Backend(Protocol[Operands]):
         """
 
 
-@jax.tree_util.register_static
-class Wanted(tuple[bool, ...]):
-    """Which leaves of some operands are differentiated."""
+# Which leaves of some operands are differentiated, for a backward pass: an array of one
+# entry or of none for each. JAX may hand it residuals in the tree of those of another
+# call, with other operands differentiated; their shapes are always their own.
+Flags = tuple[Array, ...]
 
 
 class Residuals(NamedTuple):
@@ -79,7 +80,7 @@ class Residuals(NamedTuple):
     """
 
     operands: Tree
-    wanted: Wanted
+    wanted: Flags
     peak: Values
     spread: Values
     nll: Values
@@ -124,7 +125,7 @@ def _reverse_fwd(
     # `jax_debug_nans` looks at residuals, too.
     numbers = kept(result.peak), kept(result.spread), kept(result.nll, -jnp.inf)
     depth = None if result.depth is None else kept(result.depth)
-    return result, Residuals(operands, wanted, *numbers, depth)
+    return result, Residuals(operands, flags_of(wanted), *numbers, depth)
 
 
 def _reverse_bwd(
@@ -139,7 +140,7 @@ def _reverse_bwd(
     # An entropy that is a metric alone costs none either.
     g_entropy = _asked(g.entropy)
     cotangents = Cotangents(g_spread, _array(g.nll), g_smooth, g_entropy)
-    wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
+    wanted = wanted_of(flags, operands)
     return (_pullback(backend, operands, kept, cotangents, wanted, False),)
 
 
@@ -219,13 +220,24 @@ def cotangent_like(d: Array, value: Array) -> Array:
     return summed_like(d, value).astype(value.dtype)
 
 
-def values_and_wanted(marked: Operands) -> tuple[Operands, Wanted]:
+def values_and_wanted(marked: Tree) -> tuple[Tree, Tree]:
     """The values of arguments of a `custom_vjp`, and which are differentiated."""
     leaves, tree = jax.tree.flatten(
         marked, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
     )
-    wanted = Wanted(bool(x.perturbed) for x in leaves)
+    wanted = jax.tree.unflatten(tree, [bool(x.perturbed) for x in leaves])
     return jax.tree.unflatten(tree, [x.value for x in leaves]), wanted
+
+
+def flags_of(wanted: Tree) -> Flags:
+    """What is wanted, to be kept for a backward pass."""
+    return tuple(jnp.zeros(int(want), bool) for want in jax.tree.leaves(wanted))
+
+
+def wanted_of(flags: Flags, operands: Tree) -> Tree:
+    """The inverse of `flags_of`."""
+    wanted = [a.size == 1 for a in flags]
+    return jax.tree.unflatten(jax.tree.structure(operands), wanted)
 
 
 def _array(g: Array | SymbolicZero) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import one_device
 import oracle
 import pytest
-from helpers import STRATEGIES, compilations, sweep, turns
+from helpers import LOSSES, STRATEGIES, compilations, sweep, turns
 from jax.test_util import check_grads
 
 import jaxlosses as jl
@@ -604,6 +604,38 @@ def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
     plain = value_and_gradients(loss)(arguments)
     checkpointed = value_and_gradients(jax.checkpoint(loss))(arguments)
     assert_trees_close(checkpointed, plain, **REORDERED)
+
+
+# JAX keeps what it has traced of a rule for each choice of differentiated arguments,
+# but only the last tree of its residuals.
+@pytest.mark.without_llvm_passes
+@pytest.mark.parametrize(
+    "name", ["dense", "integer", *FUSED, "log_probs", "linear_softmax_loss"]
+)
+def test_a_rule_knows_what_is_differentiated_whatever_was_before(name: str) -> None:
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(2, 5, 7)).astype(np.float32)
+    ids = jnp.arange(5)
+    options: dict[str, Any] = {"strategy": "tokens", "workspace_bytes": 64}
+    kernel = np.eye(7, dtype=np.float32)
+
+    def scalar(x: Any, scale: Any) -> Any:
+        both = {"logit_scale": scale, "reduction": "sum"}
+        if name == "dense":
+            return jl.softmax_cross_entropy(x, jax.nn.softmax(b), **both)
+        if name == "log_probs":
+            return jl.softmax_log_probs(x, ids, logit_scale=scale).sum()
+        if name == "linear_softmax_loss":
+            return jl.linear_softmax_loss(
+                lambda rows: rows.nll**2, x, kernel, ids, **both, **options
+            )
+        return LOSSES[name](x, ids, **both)
+
+    given = jnp.asarray(a), jnp.float32(1.5)
+    exact = [jax.grad(scalar, i)(*given) for i in (0, 1)]
+    for i in (0, 1, 0):
+        again = jax.grad(jax.checkpoint(scalar), i)(*given)
+        np.testing.assert_allclose(again, exact[i], **REORDERED)
 
 
 @pytest.mark.without_llvm_passes

@@ -5,7 +5,7 @@ For a sum or mean alone, whose scalar cotangent can be applied afterwards.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlosses._backends.chunks import Cut, Plan, Plans, add
 from jaxlosses._backends.head import NO_LABELS, Head, Labels, Wants, project
-from jaxlosses._rules import cotangent_like, values_and_wanted
+from jaxlosses._rules import (
+    Flags,
+    cotangent_like,
+    flags_of,
+    values_and_wanted,
+    wanted_of,
+)
 from jaxlosses._sharding import typed_like
 from jaxlosses._types import Tree
 
@@ -58,25 +64,32 @@ def summed(plans: Plans, loss_of: LossOf, operands: Operands) -> tuple[Array, Tr
 
 
 def _summed_fwd(plans: Plans, loss_of: LossOf, marked: Operands) -> tuple[Tree, Tree]:
-    operands, flags = values_and_wanted(marked)
-    wanted = jax.tree.unflatten(jax.tree.structure(operands), flags)
+    operands, wanted = values_and_wanted(marked)
     out, gradient = _sum_and_gradient(plans, loss_of, operands, wanted)
-    return out, (operands, gradient)
+    # One array for each leaf, whatever is wanted; see `Flags`.
+    tree: Any = jax.tree.structure(operands)
+    found = tree.flatten_up_to(gradient)
+    kept = [jnp.zeros(0) if d is None else d for d in found]
+    return out, (operands, flags_of(wanted), kept)
 
 
 def _summed_bwd(
-    plans: Plans, loss_of: LossOf, residuals: tuple[Operands, Operands], g: Tree
+    plans: Plans,
+    loss_of: LossOf,
+    residuals: tuple[Operands, Flags, list[Array]],
+    g: Tree,
 ) -> tuple[Operands]:
     del plans, loss_of
-    operands, gradient = residuals
+    operands, flags, kept = residuals
     total = g[0]
     if isinstance(total, SymbolicZero):
         total = jnp.zeros(total.shape, total.dtype)
 
-    def scaled(value: Array, d: Array | None) -> Array | None:
-        return None if d is None else cotangent_like(total * d, value)
+    def scaled(value: Array, want: bool, d: Array) -> Array | None:
+        return cotangent_like(total * d, value) if want else None
 
-    return (jax.tree.map(scaled, operands, gradient),)
+    gradient = jax.tree.unflatten(jax.tree.structure(operands), kept)
+    return (jax.tree.map(scaled, operands, wanted_of(flags, operands), gradient),)
 
 
 summed.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
