@@ -1,5 +1,9 @@
-"""The sharded language model in two processes: same curve, a death, a restart."""
+"""Two processes: a policy has the numbers of one, and so has a sharded language model.
 
+The latter also when one of them dies, and after a restart.
+"""
+
+import ast
 import contextlib
 import pathlib
 import re
@@ -30,9 +34,11 @@ Losses = dict[int, float]
 
 
 @contextlib.contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def started(
+    *arguments: object, script: pathlib.Path = SCRIPT
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        [sys.executable, str(script), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,11 +51,15 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-@contextlib.contextmanager
-def two_started(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def two_started(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
+    address = free_address()
     connection = ("--coordinator", address, "--processes", 2, "--timeout", TIMEOUT)
     both = [("--cpu-devices", 4, *connection, "--process", i) for i in range(2)]
     with started(*both[0], *arguments) as one, started(*both[1], *arguments) as other:
@@ -142,3 +152,20 @@ def test_a_restart_from_a_checkpoint_goes_on_with_the_same_losses(
     assert story.first < STEPS
     assert list(story.restarted) == list(range(story.first, STEPS))
     agree(story.restarted, story.alone)
+
+
+def test_two_processes_have_the_policy_of_one() -> None:
+    script = pathlib.Path(__file__).parent / "policy_in_parts.py"
+    address = free_address()
+    with (
+        started(script=script) as alone,
+        started(address, 0, script=script) as first,
+        started(address, 1, script=script) as second,
+    ):
+        texts = [finish(process) for process in (alone, first, second)]
+    one, *others = (
+        np.array(ast.literal_eval(text.rpartition("results ")[2])) for text in texts
+    )
+    assert np.all(np.isfinite(one))
+    for found in others:
+        np.testing.assert_allclose(found, one, rtol=1e-5)
