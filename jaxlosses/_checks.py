@@ -342,13 +342,20 @@ def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> Non
     if strategy in ("auto", "dense"):
         return
     _demand(
-        not dense,
+        not dense or strategy != "vocab",
         ValueError,
         "strategy",
-        f'"{strategy}" with labels that are distributions',
+        '"vocab" with labels that are distributions',
+        '"tokens", "recompute", "dense" or "auto"',
+        "Distributions are cut with their examples.",
+    )
+    _demand(
+        not (dense and forward_mode),
+        ValueError,
+        "strategy",
+        f'"{strategy}" with labels that are distributions and forward_mode=True',
         '"dense" or "auto"',
-        "Distributions are as large as the logits; the other strategies take class "
-        "ids.",
+        "The chunks of distributions have a rule for reverse mode alone.",
     )
     if strategy != "tokens":
         return

@@ -11,15 +11,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
 from jaxlosses import _checks, _combine, _options, _rules, _sharding
-from jaxlosses._backends import head, plan, tokens
+from jaxlosses._backends import head, plan, recompute, tokens
 from jaxlosses._backends.chunks import Plans
+from jaxlosses._backends.examples import Operands
 from jaxlosses._backends.head import Head, Labels, Matmul, Product, classes_of
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.plan import Strategy
-from jaxlosses._backends.recompute import ByExamples
 from jaxlosses._backends.vocab import ByClasses
 from jaxlosses._combine import Example, Losses
-from jaxlosses._logits import Arrays, loss_on_logits
+from jaxlosses._logits import Arrays, loss_on_logits, plain_nll
 from jaxlosses._math.classes import any_class, ids_of_classes
 from jaxlosses._options import Options, Static, Weighing
 from jaxlosses._rows import Given
@@ -129,7 +129,7 @@ def _run(static: Fused, arrays: FusedArrays) -> Losses:
     )
     if way == "dense":
         return _on_logits(static, arrays)
-    batch = arrays.labels.shape
+    batch = arrays.head.hidden.shape[:-1]
     if not batch or plans.first.local:
         arrays = _flattened(arrays)
         on_logits = on_logits.of_rank(1)
@@ -157,8 +157,16 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
     """The same with one batch axis."""
     hidden, options = arrays.head.hidden, arrays.options
     args, scale = options.given.args, options.logit_scale
-    labels, examples, weights, args = jax.tree.map(
-        jnp.ravel, (arrays.labels, arrays.examples, options.weights, args)
+    labels, features = arrays.labels, hidden.shape[-1]
+    if labels.ndim < hidden.ndim:
+        labels = jnp.ravel(labels)
+    else:
+        classes = labels.shape[-1]
+        if labels[..., 0].size > 1:  # not shared by all examples
+            labels = jnp.broadcast_to(labels, (*hidden.shape[:-1], classes))
+        labels = labels.reshape(-1, classes)
+    examples, weights, args = jax.tree.map(
+        jnp.ravel, (arrays.examples, options.weights, args)
     )
     given = options.given._replace(args=args)
     scale = jnp.ravel(jnp.asarray(scale)) if options.scales_each else scale
@@ -166,7 +174,7 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
     if where is not None and not _is_shared(where):
         where = where.reshape(-1, where.shape[-1])
     return arrays._replace(
-        head=arrays.head._replace(hidden=hidden.reshape(-1, hidden.shape[-1])),
+        head=arrays.head._replace(hidden=hidden.reshape(-1, features)),
         labels=labels,
         where=where,
         examples=examples,
@@ -183,33 +191,43 @@ def _in_chunks(
     labels, example = _labels(static, arrays)
     exists = arrays.where if labels.exists is None else None
     coefficients, scale = options.coefficients(dtype), options.scale(dtype)
-    class_weights = options.class_weights if spec.smooth else None
+    class_weights = options.class_weights if spec.smooth or spec.dense else None
     like = jnp.zeros(labels.ids.shape, dtype)
     masses = _options.masses_of(on_logits, options, coefficients, example, like)
     weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
 
-    if way == "tokens":
+    if way == "tokens" or spec.dense:
         of_all, of_each = (None, scale) if options.scales_each else (scale, None)
-        operands = tokens.Operands(
+        # A distribution that all examples share is of one row.
+        given_labels = arrays.labels if spec.dense else None
+        is_shared = given_labels is not None and given_labels[..., 0].size == 1
+        if given_labels is not None and not is_shared:
+            shape = (*like.shape, given_labels.shape[-1])
+            given_labels = jnp.broadcast_to(given_labels, shape)
+        operands = Operands(
             arrays.head,
-            (class_weights, of_all, weighing),
+            (class_weights, of_all, weighing, given_labels if is_shared else None),
             given.closed,
             (
                 example.label_weights,
                 example.weights,
                 of_each,
                 given.args,
+                None if is_shared else given_labels,
             ),
             labels,
             exists,
         )
         loss_of = functools.partial(_loss_of_chunk, on_logits)
-        total, beside = tokens.summed(plans, loss_of, operands)
-        return Losses(_options.over_batch(on_logits, total, masses), *beside)
+        if way == "tokens":
+            total, beside = tokens.summed(plans, loss_of, operands)
+            return Losses(_options.over_batch(on_logits, total, masses), *beside)
+        loss, beside = recompute.of_each(plans, loss_of, operands)
+        return _options.reduced(on_logits, Losses(loss, *beside), masses)
 
     product = Product(arrays.head, class_weights, scale, labels, exists)
-    backend = ByClasses(spec, plans) if way == "vocab" else ByExamples(spec, plans)
-    found = _rules.statistics(backend, product, on_logits.forward_mode)
+    by = ByClasses if way == "vocab" else recompute.ByExamples
+    found = _rules.statistics(by(spec, plans), product, on_logits.forward_mode)
     inputs = head.inputs_of(spec, None, labels, exists, class_weights, scale)
     found = head.expanded(spec, found)
     out = _options.losses(on_logits, inputs, found, weighing, example, given)
@@ -219,20 +237,26 @@ def _in_chunks(
 def _loss_of_chunk(
     static: Static,
     z: Array,
-    shared: tuple[Array | None, Array | None, Weighing],
+    shared: tuple[Array | None, Array | None, Weighing, Array | None],
     closed: tuple[Array, ...],
-    rows: tuple[Array | None, Array | None, Array | None, Tree],
+    rows: tuple[Array | None, Array | None, Array | None, Tree, Array | None],
     labels: Labels,
     exists: Bool[Array, " V"] | None,
 ) -> tuple[Array, Tree]:
     """Loss of each example of a chunk, from its logits, and what else to keep."""
-    spec, (class_weights, scale, weighing) = static.spec, shared
-    *known, own_scale, args = rows
+    spec, (class_weights, scale, weighing, distribution) = static.spec, shared
+    *known, own_scale, args, distributions = rows
     scale = scale if own_scale is None else own_scale
     inputs = head.inputs_of(spec, z, labels, exists, class_weights, scale)
+    if spec.dense:
+        own = distribution if distributions is None else distributions
+        inputs = inputs._replace(labels=own)
     found = _rules.statistics(OnLogits(spec), inputs)
+    plain = plain_nll(static, inputs)
     example, given = Example(labels.counted, *known), Given(args, closed)
-    loss, *beside = _options.losses(static, inputs, found, weighing, example, given)
+    loss, *beside = _options.losses(
+        static, inputs, found, weighing, example, given, plain
+    )
     return loss, beside
 
 
@@ -240,7 +264,14 @@ def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     """What is known of each example: for its statistics, and for its loss."""
     spec, dtype, options = static.on_logits.spec, static.dtype, arrays.options
     num_classes = classes_of(static.matmul.layout, arrays.head.kernel)
-    shape = (*arrays.labels.shape, num_classes)
+    batch = arrays.head.hidden.shape[:-1]
+    counted, weights = _counted(static, arrays), options.example_weights(dtype)
+    where = arrays.where
+    own = None if _is_shared(where) else where
+    if spec.dense:
+        ids = jnp.zeros(batch, jnp.int32)
+        return Labels(ids, counted, own), Example(counted, None, weights)
+    shape = (*batch, num_classes)
     ids = _options.class_ids(spec, shape, arrays.labels)
     of_labels = functools.partial(
         _options.weights_of_labels, spec, ids=ids, dtype=dtype
@@ -248,20 +279,18 @@ def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     label_weights = None
     if options.class_weights is not None:
         label_weights = of_labels(options.class_weights)
-    where = arrays.where
-    own = None if _is_shared(where) else where
     if own is not None:
         at_label = ids_of_classes(spec, shape) == ids[..., None]
         ids = jnp.where(any_class(spec, at_label & own)[..., 0], ids, -1)
     elif where is not None:
         ids = jnp.where(of_labels(where.astype(dtype)) > 0, ids, -1)
-    counted, weights = _counted(static, arrays), options.example_weights(dtype)
     return Labels(ids, counted, own), Example(counted, label_weights, weights)
 
 
 def _counted(static: Fused, arrays: FusedArrays) -> Bool[Array, "*B"] | None:
     """Which examples count, or None for all of them."""
-    masks = _options.not_ignored(static.on_logits, arrays.labels) + _masks(arrays)
+    labels = None if static.on_logits.spec.dense else arrays.labels
+    masks = _options.not_ignored(static.on_logits, labels) + _masks(arrays)
     if arrays.where is not None:
         axes = (arrays.where.ndim - 1,)
         spec = dataclasses.replace(static.on_logits.spec, axes=axes)

@@ -53,8 +53,8 @@ def linear_softmax_cross_entropy(
             example.
         kernel: of the same dtypes, `D V` or, with `kernel_layout="vd"`, `V D`.
         labels: `B...`, any integer dtype: class ids from 0 to `V - 1`. Or `B... V`,
-            floating: a distribution over classes, with `strategy` `"dense"` or
-            `"auto"` only.
+            floating, sizes equal or 1 on batch axes: a distribution over classes, cut
+            with its examples; not with `strategy="vocab"`.
         bias: shape `(V,)`, floating, or None.
         kernel_layout: `"dv"` for the kernel of a dense layer, `"vd"` for an embedding
             table that is tied to the output. Neither is transposed in memory.
@@ -72,12 +72,13 @@ def linear_softmax_cross_entropy(
             memory for very many classes.
             `"dense"`: all logits at once; three matmuls.
             `"auto"`: never more memory than all logits take, by shapes, dtypes and
-            sharding alone. `"dense"` if labels are distributions, or if logits and
-            cotangents fit 32 MiB (a given workspace) or a quarter of the kernel;
+            sharding alone. `"dense"` if logits and cotangents fit 32 MiB (a given
+            workspace) or a quarter of the kernel;
             `"vocab"` if the logits of 64 examples do not fit 256 MiB (a given
             workspace), or if the float32 sum of the gradient of a 16-bit kernel and
             chunks that pay for it take more than all logits: about less than three
-            times as many examples as features. Else, and for symbolic sizes of
+            times as many examples as features; with distributions, `"dense"` for the
+            latter, and with `forward_mode`. Else, and for symbolic sizes of
             `jax.export`, `"tokens"` for a sum or a mean, and `"recompute"` otherwise
             or with `forward_mode`; so, too, on automatic mesh axes, where slices of a
             kernel that is split over devices would be gathered.
@@ -105,7 +106,8 @@ def linear_softmax_cross_entropy(
             `where` are the local part. With `check_vma=False`, in `pmap` and for the
             axis of a `vmap` no gradient could be right, and it is refused.
         forward_mode: register the same value and gradient so that `jax.jvp`,
-            `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`.
+            `jax.jacfwd` and `jax.linearize` work too; not with `"tokens"`, and for
+            distributions with `"dense"` alone.
         `ignore_index`, `class_weights`, `label_smoothing`, `z_loss`, `logit_softcap`,
         `logit_scale`, `reduction`, `normalizer`, `batch_axis_name`, `return_stats`:
         as in `softmax_cross_entropy_with_integer_labels`.
@@ -127,11 +129,11 @@ def linear_softmax_cross_entropy(
         As in `softmax_cross_entropy_with_integer_labels`.
 
     Differentiation:
-        Reverse mode. Gradients by `hidden`, `kernel`, `bias`, `class_weights`,
-        `weights`, `logit_scale`, `label_smoothing` and `z_loss`; those that are not
-        asked for are not computed: a frozen kernel costs no matmul. Second
-        derivatives, `vmap`, `scan` and `jax.checkpoint` work as they are; forward
-        mode needs `forward_mode=True`.
+        Reverse mode. Gradients by `hidden`, `kernel`, `bias`, distributions,
+        `class_weights`, `weights`, `logit_scale`, `label_smoothing` and `z_loss`;
+        those that are not asked for are not computed: a frozen kernel costs no matmul.
+        Second derivatives, `vmap`, `scan` and `jax.checkpoint` work as they are;
+        forward mode needs `forward_mode=True`.
 
         Examples that do not count cost nothing in `"tokens"` and `"recompute"` on one
         device and inside `shard_map`: chunks without any other are skipped.

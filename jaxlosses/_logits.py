@@ -12,7 +12,14 @@ from jaxtyping import Array, Bool, Float
 from jaxlosses import _checks, _combine, _options, _rules, _sharding
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._combine import Example, Losses
-from jaxlosses._math.classes import Inputs, Spec, accumulation_dtype, any_class, both
+from jaxlosses._math.classes import (
+    Inputs,
+    Spec,
+    Values,
+    accumulation_dtype,
+    any_class,
+    both,
+)
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
 from jaxlosses._types import DType
@@ -40,23 +47,30 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
     if static.forward_mode and example.weights is not None:
         # A forward rule is linear in what reaches it: it cannot let a NaN pass where
         # an example counts and stop it where one does not.
-        plain = _statistics(spec, lax.stop_gradient(inputs))
-        fine = jnp.isfinite(plain.nll) & jnp.isfinite(plain.spread)
+        tried = _statistics(spec, lax.stop_gradient(inputs))
+        fine = jnp.isfinite(tried.nll) & jnp.isfinite(tried.spread)
         on = fine | jnp.expand_dims(example.weights != 0, spec.axes)
         inputs = inputs._replace(counted=both(inputs.counted, on))
     found = _statistics(spec, inputs, static.forward_mode)
-    plain_nll = None
-    if static.return_stats and spec.dense and inputs.class_weights is not None:
-        unweighted = lax.stop_gradient(inputs._replace(class_weights=None))
-        plain_nll = _statistics(spec, unweighted).nll
+    plain = plain_nll(static, inputs)
     coefficients = options.coefficients(dtype)
     like = jnp.squeeze(found.nll, spec.axes)
     masses = _options.masses_of(static, options, coefficients, example, like)
     weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
     out = _options.losses(
-        static, inputs, found, weighing, example, options.given, plain_nll
+        static, inputs, found, weighing, example, options.given, plain
     )
     return _options.reduced(static, out, masses)
+
+
+def plain_nll(static: Static, inputs: Inputs) -> Values | None:
+    """For metrics, `nll` without class weights, where they are in the loss."""
+    if not (static.return_stats and static.spec.dense):
+        return None
+    if inputs.class_weights is None:
+        return None
+    unweighted = lax.stop_gradient(inputs._replace(class_weights=None))
+    return _statistics(static.spec, unweighted).nll
 
 
 def _statistics(spec: Spec, inputs: Inputs, forward_mode: bool = False) -> Statistics:

@@ -38,6 +38,7 @@ LAYERS = [
     {"_options"},
     {"_backends.head", "_backends.folds"},
     {"_backends.chunks", "_backends.cpu"},
+    {"_backends.examples"},
     {"_backends.choose", "_backends.plan", "_backends.tokens", "_backends.vocab"},
     {"_backends.logits", "_backends.recompute"},
     {"_logits", "_softmax"},
@@ -161,9 +162,11 @@ def test_statistics_have_one_reverse_and_one_forward_rule() -> None:
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "defvjp"
     ]
-    # Beside it: a matmul, and the sum that forms its gradient in the forward pass.
+    # Beside it: a matmul, and losses of more than the statistics: a sum that forms its
+    # gradient in the forward pass, and one of each example.
     assert sorted(registered) == [
         ("_backends.head", "defvjp", "logits"),
+        ("_backends.recompute", "defvjp", "of_each"),
         ("_backends.tokens", "defvjp", "summed"),
         ("_rules", "defvjp", "_reverse"),
     ]

@@ -94,10 +94,6 @@ LAYOUTS = (
     'classes); "vd" an embedding table, (classes, features).'
 )
 OF_LOGITS = "for logits of shape (4, 6)."
-ONLY_IDS = (
-    '"dense" or "auto". Distributions are as large as the logits; the other '
-    "strategies take class ids."
-)
 ONE_PASS = (
     'expected reduction="sum" or "mean". It forms the gradient of a sum in one pass. '
     'Pass strategy="recompute" for one loss per example.'
@@ -912,14 +908,21 @@ MISTAKES = {
     ),
 }
 MISTAKES |= {
-    f"head: distributions in chunks of {name}": Mistake(
+    "head: distributions in chunks of classes": Mistake(
         linear,
-        {"labels": DISTRIBUTIONS, "strategy": name, "reduction": "sum"},
+        {"labels": DISTRIBUTIONS, "strategy": "vocab", "reduction": "sum"},
         ValueError,
-        f'strategy: got "{name}" with labels that are distributions, expected '
-        + ONLY_IDS,
-    )
-    for name in ("tokens", "recompute", "vocab")
+        'strategy: got "vocab" with labels that are distributions, expected "tokens", '
+        '"recompute", "dense" or "auto". Distributions are cut with their examples.',
+    ),
+    "head: chunks of distributions in forward mode": Mistake(
+        linear,
+        {"labels": DISTRIBUTIONS, "strategy": "recompute", "forward_mode": True},
+        ValueError,
+        'strategy: got "recompute" with labels that are distributions and '
+        'forward_mode=True, expected "dense" or "auto". The chunks of distributions '
+        "have a rule for reverse mode alone.",
+    ),
 }
 
 

@@ -671,23 +671,81 @@ def test_nan_features_of_a_counted_example_are_nan_in_its_row_alone(
 # Distributions
 
 
-def test_distributions_are_taken_as_they_are_on_logits() -> None:
-    given = head((5, D, 6))
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "reduction"),
+    [
+        *(("dense", "none"), ("tokens", "sum"), ("tokens", "mean")),
+        *(("recompute", "none"), ("recompute", "mean")),
+    ],
+)
+def test_distributions_are_cut_with_their_examples(
+    strategy: str, reduction: str, shared: bool
+) -> None:
+    given = head((13, D, 6))
     h, k = (given[name].astype(np.float64) for name in ("hidden", "kernel"))
-    labels = np.random.default_rng(2).uniform(size=(5, 6)).astype(np.float32)
+    rng = np.random.default_rng(2)
+    labels = rng.uniform(size=(1 if shared else 13, 6)).astype(np.float32)
+    weights = rng.uniform(size=13).astype(np.float32)
+    weights[3] = 0
+    class_weights = rng.uniform(size=6).astype(np.float32)
+    cotangent = rng.normal(size=13).astype(np.float32) if reduction == "none" else 1.0
+    static = {"label_smoothing": 0.1, "z_loss": 0.05, "reduction": reduction}
 
-    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-        return linear(hidden, kernel, labels, workspace_bytes=1, reduction="mean")
+    def loss(
+        hidden: jax.Array,
+        kernel: jax.Array,
+        labels: jax.Array,
+        weights: jax.Array,
+        class_weights: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        value, stats = linear(
+            hidden,
+            kernel,
+            labels,
+            weights=weights,
+            class_weights=class_weights,
+            strategy=strategy,
+            workspace_bytes=4 * 6 * 12,
+            return_stats=True,
+            **static,
+        )
+        return jnp.sum(cotangent * value), (value, stats)
 
-    arguments = given["hidden"], given["kernel"], labels
-    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arguments)
-    exact = oracle.gradients(h @ k, labels, reduction="mean")
+    arguments = given["hidden"], given["kernel"], labels, weights, class_weights
+    gradient = jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True)
+    (_, (value, stats)), gradients = jax.jit(gradient)(*arguments)
+    options = static | {"weights": weights, "class_weights": class_weights}
+    exact = oracle.gradients(h @ k, labels, cotangent=cotangent, **options)
     dz = exact["logits"]
     np.testing.assert_allclose(
-        value, oracle.loss(h @ k, labels, reduction="mean"), rtol=1e-5
+        value, oracle.loss(h @ k, labels, **options), rtol=1e-5, atol=1e-6
     )
-    for got, want in zip(gradients, (dz @ k.T, h.T @ dz, exact["labels"]), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    plain = np.where(weights == 0, 0, oracle.loss(h @ k, labels))
+    np.testing.assert_allclose(stats.nll, plain, rtol=1e-5)
+    exact["weights"] = np.where(weights == 0, 0, exact["weights"])  # it is left out
+    others = (exact[name] for name in ("labels", "weights", "class_weights"))
+    for got, want in zip(gradients, (dz @ k.T, h.T @ dz, *others), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "recompute"])
+def test_distributions_of_several_axes_are_shared_along_some(strategy: str) -> None:
+    given = head((12, D, 6))
+    hidden = given["hidden"].reshape(3, 4, D)
+    labels = np.random.default_rng(2).uniform(size=(1, 4, 6)).astype(np.float32)
+
+    def loss(strategy: str, labels: jax.Array) -> jax.Array:
+        chunks = {"strategy": strategy, "workspace_bytes": 300}
+        return linear(hidden, given["kernel"], labels, reduction="sum", **chunks)
+
+    def second(strategy: str) -> Any:
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss, 1)(strategy, x) ** 2))(labels)
+
+    plain = jax.value_and_grad(loss, 1)
+    for got, want in zip(plain(strategy, labels), plain("dense", labels), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(second(strategy), second("dense"), rtol=1e-5)
 
 
 # Transformations
@@ -1045,6 +1103,9 @@ def test_chunks_are_equal_where_an_accelerator_would_pad_them() -> None:
     # With what else a chunk needs, 20 / 3 of the workspace.
     assert tokens(size, logits // 5, platform="cpu").chunks == 7
     assert tokens(size, logits // 5, platform="gpu").chunks == 8
+    # Padding would copy distributions.
+    on_cpu = {"platform": "cpu", "distributions": True}
+    assert tokens(size, logits // 5, **on_cpu).chunks == 8
     # A prime number of examples has no equal chunks.
     assert tokens((509, 8, 1024), logits // 5, platform="tpu").chunks == 7
 
@@ -1074,10 +1135,14 @@ def test_auto_takes_the_strategy_that_is_documented() -> None:
     # Not the logits of 64 examples.
     assert auto(logits // 5, "mean") == "vocab"
     assert auto(logits // 5, "mean", local=False) == "tokens"
-    assert auto(1000, distributions=True, local=False) == "dense"
+    # Distributions are cut with their examples, or not at all.
+    assert auto(logits // 5, "mean", distributions=True) == "tokens"
+    assert auto(logits // 5, distributions=True, local=False) == "recompute"
+    assert auto(logits // 5, distributions=True, forward_mode=True) == "dense"
     # Sums of 16-bit gradients, as many as logits.
     wide = (512, 512, 50304)
     assert planned(wide, dtype="bfloat16").strategy == "vocab"
+    assert planned(wide, dtype="bfloat16", distributions=True).strategy == "dense"
     assert planned(wide, dtype="bfloat16", local=False).strategy == "tokens"
     assert planned(wide).strategy == "tokens"
 

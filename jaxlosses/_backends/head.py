@@ -214,7 +214,7 @@ def inputs_of(
         along_examples(labels.ids),
         both(along_classes(exists), labels.exists),
         along_examples(labels.counted),
-        along_classes(class_weights) if spec.smooth else None,
+        along_classes(class_weights) if spec.smooth or spec.dense else None,
         along_examples(scale) if scale is not None and scale.ndim else scale,
     )
 

@@ -140,14 +140,15 @@ def choose(
         if way == "vocab":
             return _by_classes(matmul, sizes, workspace, platform)
         *batch, _ = head.hidden.shape
-        return _by_examples(matmul, batch, sizes, workspace, platform)
+        dense = request.dense
+        return _by_examples(matmul, batch, sizes, workspace, platform, dense)
 
     return way, Plans(of("cpu"), of("gpu"), of("tpu"))
 
 
 def _strategy(request: Request, sizes: Sizes, workspace: int | None) -> Way:
     """What `"auto"` takes, as its docstring says."""
-    if request.dense:
+    if request.dense and request.forward_mode:
         return "dense"
     in_chunks: Way
     in_chunks = "tokens" if request.summed and not request.forward_mode else "recompute"
@@ -161,6 +162,8 @@ def _strategy(request: Request, sizes: Sizes, workspace: int | None) -> Way:
         return "dense"
     if not is_local():  # slices of a kernel that is split would be gathered
         return in_chunks
+    if request.dense:  # whose classes are not cut
+        return in_chunks if _pays(sizes) else "dense"
     few = _FEW_EXAMPLES_BYTES if workspace is None else workspace
     if _FEW_EXAMPLES * sizes.held > few * sizes.examples or not _pays(sizes):
         return "vocab"
@@ -183,6 +186,7 @@ def _by_examples(
     sizes: Sizes,
     workspace: int | None,
     platform: Platform,
+    dense: bool,
 ) -> Plan:
     # Flattened examples have one axis; where they may be split over devices, the
     # longest one is cut and the others stay.
@@ -201,9 +205,9 @@ def _by_examples(
         if left > 0:
             chunks = sizes.examples * sizes.classes * sizes.entry
             number = max(number, _number(size, chunks, left))
-    if not (local and on_cpu) and are_numbers(size):
-        # Equal chunks need no padding, whose entries would move between devices; and
-        # a matmul of whole tiles pads no operand.
+    if (dense or not (local and on_cpu)) and are_numbers(size):
+        # Equal chunks need no padding, whose entries would move between devices, and
+        # which would copy distributions; and a matmul of whole tiles pads no operand.
         equal = range(number, min(2 * number, size) + 1)
         number = next((n for n in equal if size % n == 0), number)
     pieces = 1

@@ -1,13 +1,17 @@
 """Chunks of examples, whose logits the backward pass computes again."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
 
 from jaxlosses._backends import choose
 from jaxlosses._backends.chunks import Cut, Plan, Plans, add
+from jaxlosses._backends.examples import LossOf, Operands, in_chunks
 from jaxlosses._backends.head import (
     NO_LABELS,
     Head,
@@ -23,6 +27,13 @@ from jaxlosses._math import gradient
 from jaxlosses._math.classes import Inputs, Spec
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
+from jaxlosses._rules import (
+    Flags,
+    cotangent_like,
+    flags_of,
+    values_and_wanted,
+    wanted_of,
+)
 from jaxlosses._types import Tree
 
 
@@ -133,3 +144,49 @@ def _scale_of_each(product: Product) -> Array | None:
     """The factors of the logits, where each example has its own."""
     scale = product.scale
     return None if scale is None or scale.ndim == 0 else scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def of_each(
+    plans: Plans, loss_of: LossOf, operands: Operands
+) -> tuple[Float[Array, "*B"], Tree]:
+    """The loss of each example, and what `loss_of` keeps of it.
+
+    For a loss of more than the statistics, as one of a distribution for each example.
+    """
+
+    def run(plan: Plan, operands: Operands) -> tuple[Tree, Tree]:
+        found = in_chunks(plan, loss_of, operands, each=True)
+        return found.values, found.keep
+
+    return plans.run(run, operands)
+
+
+def _of_each_fwd(plans: Plans, loss_of: LossOf, marked: Operands) -> tuple[Tree, Tree]:
+    operands, wanted = values_and_wanted(marked)
+    return of_each(plans, loss_of, operands), (operands, flags_of(wanted))
+
+
+def _of_each_bwd(
+    plans: Plans, loss_of: LossOf, residuals: tuple[Operands, Flags], g: Tree
+) -> tuple[Operands]:
+    operands, flags = residuals
+    wanted, values = wanted_of(flags, operands), g[0]
+    if isinstance(values, SymbolicZero):
+        values = jnp.zeros(values.shape, values.dtype)
+
+    def run(plan: Plan, operands: Operands, g: Array) -> Operands:
+        return in_chunks(plan, loss_of, operands, wanted, g=g).gradient
+
+    tree: Any = jax.tree.structure(operands)
+    gradient = tree.flatten_up_to(plans.run(run, operands, values))
+    leaves = jax.tree.leaves(operands)
+    return (
+        tree.unflatten(
+            None if d is None else cotangent_like(d, x)
+            for x, d in zip(leaves, gradient, strict=True)
+        ),
+    )
+
+
+of_each.defvjp(_of_each_fwd, _of_each_bwd, symbolic_zeros=True)
