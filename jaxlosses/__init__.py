@@ -6,8 +6,12 @@ from jaxlosses._cross_entropy import softmax_cross_entropy as softmax_cross_entr
 from jaxlosses._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
 )
+from jaxlosses._divergence import softmax_kl_divergence as softmax_kl_divergence
 from jaxlosses._linear_cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
+)
+from jaxlosses._linear_divergence import (
+    linear_softmax_kl_divergence as linear_softmax_kl_divergence,
 )
 from jaxlosses._linear_loss import linear_softmax_loss as linear_softmax_loss
 from jaxlosses._log_probs import linear_softmax_log_probs as linear_softmax_log_probs

@@ -11,6 +11,10 @@ from jaxlosses._backends.head import Layout
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Metric, Reduction
 from jaxlosses._combine import Stats as Stats
+from jaxlosses._divergence import softmax_kl_divergence as softmax_kl_divergence
+from jaxlosses._linear_divergence import (
+    linear_softmax_kl_divergence as linear_softmax_kl_divergence,
+)
 from jaxlosses._log_probs import softmax_entropy as softmax_entropy
 from jaxlosses._rows import Rows as Rows
 from jaxlosses._softmax import log_softmax as log_softmax

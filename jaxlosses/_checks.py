@@ -26,6 +26,7 @@ _LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _REDUCTIONS = ("none", "sum", "mean")
 _LAYOUTS = ("dv", "vd")
 _STRATEGIES = ("auto", "tokens", "recompute", "vocab", "dense")
+_DIRECTIONS = ("forward", "reverse", "jensen_shannon")
 _METRICS = ("entropy", "rank", "confidence", "label_logit")
 
 
@@ -252,17 +253,17 @@ def class_weights(x: Given, num_classes: Size) -> Array | None:
     return x
 
 
-def hidden(x: Given) -> Array:
+def hidden(x: Given, argument: str = "hidden") -> Array:
     """Features of each example, the last axis."""
-    return _features("hidden", x, 1, "a feature axis", "(batch, features)")
+    return _features(argument, x, 1, "a feature axis", "(batch, features)")
 
 
-def kernel_layout(x: Given) -> Any:
+def kernel_layout(x: Given, argument: str = "kernel_layout") -> Any:
     """Which axis of the kernel has the classes."""
     _demand(
         isinstance(x, str) and x in _LAYOUTS,
         ValueError,
-        "kernel_layout",
+        argument,
         repr(x),
         'one of "dv", "vd"',
         '"dv" is the kernel of a Dense layer, (features, classes); "vd" an embedding '
@@ -271,29 +272,85 @@ def kernel_layout(x: Given) -> Any:
     return x
 
 
-def kernel(x: Given, layout: Given, features: Size) -> Array:
-    """The matrix that turns features into logits."""
-    layout = kernel_layout(layout)
-    x = _features("kernel", x, 2, "two axes", "(features, classes)")
+def kernel(x: Given, layout: Given, features: Size, of: str = "") -> Array:
+    """The matrix that turns features into logits, of the student or a teacher."""
+    layout = kernel_layout(layout, f"{of}kernel_layout")
+    x = _features(f"{of}kernel", x, 2, "two axes", "(features, classes)")
     names = "(features, classes)" if layout == "dv" else "(classes, features)"
-    fix = f'kernel_layout="{layout}" is {names}.'
+    fix = f'{of}kernel_layout="{layout}" is {names}.'
     if x.ndim == 2 and x.shape[1 if layout == "dv" else 0] == features:
         other = "vd" if layout == "dv" else "dv"
-        fix += f' For the transposed matrix pass kernel_layout="{other}".'
+        fix += f' For the transposed matrix pass {of}kernel_layout="{other}".'
     shape = (features, None) if layout == "dv" else (None, features)
-    expected = f"{names} with {features} features, as hidden has"
-    _demand_shape("kernel", x, shape, expected, fix)
+    expected = f"{names} with {features} features, as {of}hidden has"
+    _demand_shape(f"{of}kernel", x, shape, expected, fix)
     return x
 
 
-def bias(x: Given, num_classes: Size) -> Array | None:
+def bias(x: Given, num_classes: Size, argument: str = "bias") -> Array | None:
     """What is added to the logit of each class."""
     if x is None:
         return None
-    x = _floating("bias", x)
+    x = _floating(argument, x)
     expected = f"({num_classes},), one per class"
-    _demand_shape("bias", x, (num_classes,), expected, "Give one value per class.")
+    _demand_shape(argument, x, (num_classes,), expected, "Give one value per class.")
     return x
+
+
+def has_head_of_teacher(
+    logits: Given, hidden: Given, kernel: Given, beside: dict[str, Given]
+) -> bool:
+    """Whether a teacher is hidden states and a kernel, of which logits are made."""
+    fix = (
+        "Pass teacher_logits, or teacher_hidden and teacher_kernel, of which the "
+        "logits are formed in pieces."
+    )
+    _demand(
+        (hidden is None) == (kernel is None),
+        ValueError,
+        "teacher_kernel" if kernel is None else "teacher_hidden",
+        "None with " + ("teacher_hidden" if kernel is None else "teacher_kernel"),
+        "both or neither",
+        fix,
+    )
+    both = logits is not None and hidden is not None
+    _demand(
+        (logits is None) != (hidden is None),
+        ValueError,
+        "teacher_logits",
+        "an array beside teacher_hidden" if both else "None without teacher_hidden",
+        "one of the two",
+        fix,
+    )
+    for argument, x in beside.items():
+        _demand(
+            x is None or hidden is not None,
+            ValueError,
+            argument,
+            _describe(x),
+            "None with teacher_logits",
+            "It belongs to a teacher_kernel.",
+        )
+    return hidden is not None
+
+
+def teacher_head(
+    hidden: Array, batch: Shape, kernel: Array, classes: tuple[Size, Size]
+) -> None:
+    """A teacher of the student's examples and classes."""
+    shape = (*batch, None)
+    expected = f"{batch} and a feature axis, the examples of hidden"
+    fix = "Teacher and student see the same examples; features may differ."
+    _demand_shape("teacher_hidden", hidden, shape, expected, fix)
+    of_teacher, of_student = classes
+    _demand(
+        of_teacher == of_student,
+        ValueError,
+        "teacher_kernel",
+        f"shape {kernel.shape} of {of_teacher} classes",
+        f"{of_student} classes, as the student's kernel has",
+        "Pad the smaller vocabulary and mask with where.",
+    )
 
 
 def fused_where(
@@ -337,7 +394,13 @@ def strategy(x: Given) -> Any:
     return x
 
 
-def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> None:
+def suits(
+    strategy: str,
+    reduction: str,
+    dense: bool,
+    forward_mode: bool,
+    what: str = "labels that are distributions",
+) -> None:
     """A strategy that can do what is asked for."""
     if strategy in ("auto", "dense"):
         return
@@ -345,17 +408,17 @@ def suits(strategy: str, reduction: str, dense: bool, forward_mode: bool) -> Non
         not dense or strategy != "vocab",
         ValueError,
         "strategy",
-        '"vocab" with labels that are distributions',
+        f'"vocab" with {what}',
         '"tokens", "recompute", "dense" or "auto"',
-        "Distributions are cut with their examples.",
+        "What has a number for every class is cut with its examples.",
     )
     _demand(
         not (dense and forward_mode),
         ValueError,
         "strategy",
-        f'"{strategy}" with labels that are distributions and forward_mode=True',
+        f'"{strategy}" with {what} and forward_mode=True',
         '"dense" or "auto"',
-        "The chunks of distributions have a rule for reverse mode alone.",
+        "Their chunks have a rule for reverse mode alone.",
     )
     if strategy != "tokens":
         return
@@ -593,28 +656,94 @@ def logit_scale(x: Given, batch: Shape) -> Any:
     return _scalar("logit_scale", x, -math.inf, math.inf, "a finite number", drop=1.0)
 
 
-def logit_softcap(x: Given) -> float | None:
+def logit_softcap(
+    x: Given, argument: str = "logit_softcap", instead: str = "logit_scale"
+) -> float | None:
     """A positive constant, or None."""
     if x is None:
         return None
-    _demand_static("logit_softcap", x, "a Python number or None")
+    _demand_static(argument, x, "a Python number or None")
     _demand(
         _is_number(x),
         TypeError,
-        "logit_softcap",
+        argument,
         _describe(x),
         "a Python number or None",
-        "To vary the logits at run time, use logit_scale.",
+        f"To vary the logits at run time, use {instead}.",
     )
     _demand(
         0 < x < math.inf,
         ValueError,
-        "logit_softcap",
+        argument,
         repr(x),
         "a finite number above 0, or None",
         "Pass None for no cap.",
     )
     return float(x)
+
+
+def direction(x: Given) -> Any:
+    """Of a divergence."""
+    _demand(
+        isinstance(x, str) and x in _DIRECTIONS,
+        ValueError,
+        "direction",
+        repr(x),
+        f"one of {', '.join(map(repr, _DIRECTIONS))}",
+        '"forward" is KL(teacher || student), "reverse" KL(student || teacher).',
+    )
+    return x
+
+
+def temperature(x: Given) -> Any:
+    """What divides logits, as their factor; None for one."""
+    x = _held(x)
+    expected = "a finite number above 0"
+    fix = "1 leaves the logits as they are."
+    if _is_number(x):
+        _demand(0 < x < math.inf, ValueError, "temperature", repr(x), expected, fix)
+        return None if x == 1 else 1 / x
+    good = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype)
+    expected += ", or a traced scalar"
+    _demand(good, TypeError, "temperature", _describe(x), expected, fix)
+    x = jnp.asarray(x)
+    return 1 / x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def teacher_weight(x: Given) -> Any:
+    """The part of the teacher in a mixture."""
+    x = _held(x)
+    expected = "a number from 0 to 1, both excluded"
+    if _is_number(x):
+        fix = 'For one of the two divergences, pass direction="forward" or "reverse".'
+        _demand(0 < x < 1, ValueError, "teacher_weight", repr(x), expected, fix)
+        return x
+    good = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype)
+    expected += ", or a traced scalar"
+    fix = "Pass one number for all examples."
+    _demand(good, TypeError, "teacher_weight", _describe(x), expected, fix)
+    return x
+
+
+def teacher_logits(x: Given, shape: Shape) -> Array:
+    """Floating logits of the student's classes and examples."""
+    x = _array("teacher_logits", x)
+    _demand(
+        x.dtype.name in _LOGITS_DTYPES,
+        TypeError,
+        "teacher_logits",
+        f"dtype {x.dtype}",
+        f"one of {', '.join(_LOGITS_DTYPES)}",
+        "Convert them: teacher_logits.astype(jnp.float32).",
+    )
+    _demand_shape(
+        "teacher_logits",
+        x,
+        shape,
+        f"{shape}, as the student's",
+        "Both have the same classes: pad the smaller vocabulary and mask with where.",
+    )
+    return x
 
 
 def reduction(x: Given) -> Any:

@@ -46,7 +46,7 @@ def expm1(x: Values) -> Values:
 
 @jax.custom_jvp
 def log1p(x: Values) -> Values:
-    """`log(1 + x)` for `x >= 0`, likewise to one unit."""
+    """`log(1 + x)` for `x > -1`, likewise to one unit, or to two below 0."""
     return _chosen(x, _log1p, jnp.log1p)
 
 

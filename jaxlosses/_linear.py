@@ -15,11 +15,11 @@ from jaxlosses._backends import head, plan, recompute, tokens
 from jaxlosses._backends.chunks import Plans
 from jaxlosses._backends.examples import Operands
 from jaxlosses._backends.head import Head, Labels, Matmul, Product, classes_of
-from jaxlosses._backends.logits import OnLogits
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._backends.vocab import ByClasses
+from jaxlosses._chunk import ForAll, OfEach, loss_of_chunk
 from jaxlosses._combine import Example, Losses
-from jaxlosses._logits import Arrays, loss_on_logits, plain_nll
+from jaxlosses._logits import Arrays, loss_on_logits
 from jaxlosses._math.classes import any_class, ids_of_classes
 from jaxlosses._options import Options, Static, Weighing
 from jaxlosses._rows import Given
@@ -28,12 +28,21 @@ from jaxlosses._types import DType, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Everything that a compiled loss is specialised for, as the caller says it."""
+    """Everything that a compiled loss is specialised for, as the caller says it.
+
+    Attributes:
+        on_logits: what it is of logits.
+        matmul: how they are formed.
+        strategy: how to go through them.
+        workspace: bytes to hold at once, or None.
+        teacher: how the logits of a teacher are formed that has a head of its own.
+    """
 
     on_logits: Static
     matmul: Matmul
     strategy: Strategy
     workspace: int | None
+    teacher: Matmul | None = None
 
     @property
     def dtype(self) -> DType:
@@ -42,13 +51,24 @@ class Fused:
 
 
 class FusedArrays(NamedTuple):
-    """What a fused loss reads."""
+    """What a fused loss reads.
+
+    Attributes:
+        head: the factors of the logits.
+        labels: class ids, distributions or logits of a teacher; None for one that has
+            a head of its own.
+        where: classes that exist, `V` or `B... V`, or None for all.
+        examples: those that count, or None for all.
+        options: of the loss.
+        teacher: the factors of the teacher's logits, or None.
+    """
 
     head: Head
-    labels: Array
+    labels: Array | None
     where: Bool[Array, "..."] | None
     examples: Bool[Array, "*B"] | None
     options: Options
+    teacher: Head | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,12 +95,15 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
     _checks.closes_over_nothing(closed)
     args = jax.tree.map(lambda _: batch, arrays.options.given.args)
     of_head, of_options, filled = _sharding.of_splits(Head, Options, FusedArrays)
+
+    def of(matmul: Matmul | None) -> Tree:
+        is_dv = matmul is not None and matmul.layout == "dv"
+        kernel = (None, *every) if is_dv else (*every, None)
+        return of_head(hidden=(*batch, None), kernel=kernel, bias=every)
+
     splits = filled(
-        head=of_head(
-            hidden=(*batch, None),
-            kernel=(None, *every) if static.matmul.layout == "dv" else (*every, None),
-            bias=every,
-        ),
+        head=of(static.matmul),
+        teacher=of(static.teacher),
         # A distribution has the classes as well.
         labels=(*batch, *every) if on_logits.spec.dense else batch,
         where=every if _is_shared(arrays.where) else (*batch, *every),
@@ -92,6 +115,7 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
             z_loss=(),
             logit_scale=batch if arrays.options.scales_each else (),
             normalizer=(),
+            teacher_weight=(),
             given=Given(args),
         ),
     )
@@ -123,7 +147,12 @@ def _run(static: Fused, arrays: FusedArrays) -> Losses:
     shared = any(_sharding.varies_less(x, arrays.head.hidden) for x in closed)
     _checks.closes_over_parts(shared, static.strategy)
     summed = on_logits.reduction != "none" and not shared
-    request = plan.Request(on_logits.spec.dense, summed, on_logits.forward_mode)
+    request = plan.Request(
+        on_logits.spec.dense,
+        summed,
+        on_logits.forward_mode,
+        teacher=static.teacher is not None,
+    )
     way, plans = plan.choose(
         static.matmul, arrays.head, request, static.strategy, static.workspace
     )
@@ -149,7 +178,10 @@ def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
         where = where.reshape((1,) * len(batch) + (-1,))
     masks = _options.all_of(_masks(arrays), batch)
     z = rule(static.matmul, arrays.head)
-    given = Arrays(z, arrays.labels, where, masks, arrays.options)
+    labels = arrays.labels
+    if static.teacher is not None and arrays.teacher is not None:
+        labels = head.project(static.teacher, arrays.teacher)
+    given = Arrays(z, labels, where, masks, arrays.options)
     return loss_on_logits(on_logits, given)
 
 
@@ -157,10 +189,10 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
     """The same with one batch axis."""
     hidden, options = arrays.head.hidden, arrays.options
     args, scale = options.given.args, options.logit_scale
-    labels, features = arrays.labels, hidden.shape[-1]
-    if labels.ndim < hidden.ndim:
+    labels, teacher = arrays.labels, arrays.teacher
+    if labels is not None and labels.ndim < hidden.ndim:
         labels = jnp.ravel(labels)
-    else:
+    elif labels is not None:
         classes = labels.shape[-1]
         if labels[..., 0].size > 1:  # not shared by all examples
             labels = jnp.broadcast_to(labels, (*hidden.shape[:-1], classes))
@@ -173,8 +205,13 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
     where = arrays.where
     if where is not None and not _is_shared(where):
         where = where.reshape(-1, where.shape[-1])
+
+    def flat(head: Head) -> Head:
+        return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+
     return arrays._replace(
-        head=arrays.head._replace(hidden=hidden.reshape(-1, features)),
+        head=flat(arrays.head),
+        teacher=None if teacher is None else flat(teacher),
         labels=labels,
         where=where,
         examples=examples,
@@ -204,21 +241,32 @@ def _in_chunks(
         if given_labels is not None and not is_shared:
             shape = (*like.shape, given_labels.shape[-1])
             given_labels = jnp.broadcast_to(given_labels, shape)
+        teacher, teacher_hidden = arrays.teacher, None
+        if teacher is not None:
+            teacher_hidden, teacher = teacher.hidden, teacher._replace(hidden=None)
         operands = Operands(
             arrays.head,
-            (class_weights, of_all, weighing, given_labels if is_shared else None),
+            ForAll(
+                class_weights,
+                of_all,
+                weighing,
+                given_labels if is_shared else None,
+                teacher,
+                options.part_of_teacher(dtype),
+            ),
             given.closed,
-            (
+            OfEach(
                 example.label_weights,
                 example.weights,
                 of_each,
                 given.args,
                 None if is_shared else given_labels,
+                teacher_hidden,
             ),
             labels,
             exists,
         )
-        loss_of = functools.partial(_loss_of_chunk, on_logits)
+        loss_of = functools.partial(loss_of_chunk, on_logits, static.teacher)
         if way == "tokens":
             total, beside = tokens.summed(plans, loss_of, operands)
             return Losses(_options.over_batch(on_logits, total, masses), *beside)
@@ -234,32 +282,6 @@ def _in_chunks(
     return _options.reduced(on_logits, out, masses)
 
 
-def _loss_of_chunk(
-    static: Static,
-    z: Array,
-    shared: tuple[Array | None, Array | None, Weighing, Array | None],
-    closed: tuple[Array, ...],
-    rows: tuple[Array | None, Array | None, Array | None, Tree, Array | None],
-    labels: Labels,
-    exists: Bool[Array, " V"] | None,
-) -> tuple[Array, Tree]:
-    """Loss of each example of a chunk, from its logits, and what else to keep."""
-    spec, (class_weights, scale, weighing, distribution) = static.spec, shared
-    *known, own_scale, args, distributions = rows
-    scale = scale if own_scale is None else own_scale
-    inputs = head.inputs_of(spec, z, labels, exists, class_weights, scale)
-    if spec.dense:
-        own = distribution if distributions is None else distributions
-        inputs = inputs._replace(labels=own)
-    found = _rules.statistics(OnLogits(spec), inputs)
-    plain = plain_nll(static, inputs)
-    example, given = Example(labels.counted, *known), Given(args, closed)
-    loss, *beside = _options.losses(
-        static, inputs, found, weighing, example, given, plain
-    )
-    return loss, beside
-
-
 def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     """What is known of each example: for its statistics, and for its loss."""
     spec, dtype, options = static.on_logits.spec, static.dtype, arrays.options
@@ -268,7 +290,7 @@ def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     counted, weights = _counted(static, arrays), options.example_weights(dtype)
     where = arrays.where
     own = None if _is_shared(where) else where
-    if spec.dense:
+    if spec.dense or arrays.labels is None:
         ids = jnp.zeros(batch, jnp.int32)
         return Labels(ids, counted, own), Example(counted, None, weights)
     shape = (*batch, num_classes)

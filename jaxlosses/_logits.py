@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
-from jaxlosses import _checks, _combine, _options, _rules, _sharding
+from jaxlosses import _checks, _combine, _options, _rules, _sharding, _teacher
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._combine import Example, Losses
 from jaxlosses._math.classes import (
@@ -44,6 +44,11 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
         arrays = _split_alike(spec, arrays, mesh)
     options, dtype = arrays.options, accumulation_dtype(arrays.logits.dtype)
     inputs, example = _inputs(static, arrays, dtype)
+    if static.divergence is not None:
+        out = _teacher.losses(static, inputs, example, options.part_of_teacher(dtype))
+        coefficients = options.coefficients(dtype)
+        masses = _options.masses_of(static, options, coefficients, example, out.loss)
+        return _options.reduced(static, out, masses)
     if static.forward_mode and example.weights is not None:
         # A forward rule is linear in what reaches it: it cannot let a NaN pass where
         # an example counts and stop it where one does not.
@@ -137,6 +142,7 @@ def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Array
             z_loss=(),
             logit_scale=batch if arrays.options.scales_each else (),
             normalizer=(),
+            teacher_weight=(),
         ),
     )
     return _sharding.reshard(mesh, arrays, splits)

@@ -23,6 +23,7 @@ from jaxlosses._combine import (
     Reduction,
 )
 from jaxlosses._math.classes import Inputs, Spec, Values, count_of
+from jaxlosses._math.divergence import Divergence
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._rows import Function
 from jaxlosses._sharding import as_ids, shards_over
@@ -42,6 +43,7 @@ class Static:
         batch_axes: mesh axes that split the examples of a sum or mean.
         return_entropy: whether that is a result, to be differentiated.
         function: of the statistics, in place of the loss that the options make.
+        divergence: to a teacher, whose logits are in the place of the labels.
         metrics: those that are wanted by name.
     """
 
@@ -53,6 +55,7 @@ class Static:
     batch_axes: tuple[str, ...] = ()
     return_entropy: bool = False
     function: Function | None = None
+    divergence: Divergence | None = None
     metrics: tuple[Metric, ...] = ()
 
     @property
@@ -95,6 +98,7 @@ class Options(NamedTuple):
     logit_scale: float | Array | None
     normalizer: float | Array | None = None
     given: _rows.Given = _rows.Given()
+    teacher_weight: float | Array | None = None
 
     @property
     def scales_each(self) -> bool:
@@ -108,6 +112,10 @@ class Options(NamedTuple):
     def scale(self, dtype: DType) -> Float[Array, "..."] | None:
         """The factor of all logits, or of those of each example."""
         return _of(self.logit_scale, dtype)
+
+    def part_of_teacher(self, dtype: DType) -> Float[Array, ""] | None:
+        """In the mixture of a Jensen-Shannon divergence."""
+        return _of(self.teacher_weight, dtype)
 
     def example_weights(self, dtype: DType) -> Float[Array, "*B"] | None:
         """The weight of each example."""
@@ -195,6 +203,38 @@ def check_transform(
     entropy = _checks.flag("return_entropy", return_entropy)
     spec = dataclasses.replace(static.spec, entropy=entropy)
     return dataclasses.replace(static, spec=spec, return_entropy=entropy), options
+
+
+def check_divergence(
+    axes: tuple[int, ...],
+    batch: Shape,
+    num_classes: Size,
+    *,
+    direction: Given,
+    teacher_weight: Given,
+    temperature: Given,
+    teacher_logit_softcap: Given,
+    **others: Given,
+) -> tuple[Static, Options]:
+    """The same for a divergence, whose temperature and teacher are constants."""
+    direction = _checks.direction(direction)
+    weight = _checks.teacher_weight(teacher_weight)
+    static, options = check_transform(
+        axes,
+        batch,
+        num_classes,
+        dense=True,
+        return_entropy=False,
+        logit_scale=1.0,
+        **others,
+    )
+    cap = _checks.logit_softcap(
+        teacher_logit_softcap, "teacher_logit_softcap", "temperature"
+    )
+    static = dataclasses.replace(static, divergence=Divergence(direction, cap))
+    scale, weight = lax.stop_gradient((_checks.temperature(temperature), weight))
+    mixed = weight if direction == "jensen_shannon" else None
+    return static, options._replace(logit_scale=scale, teacher_weight=mixed)
 
 
 # --- Which examples count.

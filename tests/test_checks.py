@@ -29,6 +29,8 @@ dense = jl.softmax_cross_entropy
 linear = jl.linear_softmax_cross_entropy
 linear_log_probs = jl.linear_softmax_log_probs
 linear_loss = jl.linear_softmax_loss
+divergence = jl.softmax_kl_divergence
+linear_divergence = jl.linear_softmax_kl_divergence
 DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     integer: {"logits": LOGITS, "labels": IDS},
     dense: {"logits": LOGITS, "labels": DISTRIBUTIONS},
@@ -38,6 +40,11 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     testing.plan: {"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V))},
     jl.softmax_log_probs: {"logits": LOGITS, "labels": IDS},
     jl.softmax_entropy: {"logits": LOGITS},
+    divergence: {"logits": LOGITS, "teacher_logits": LOGITS},
+    linear_divergence: {
+        **{"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V))},
+        **{"teacher_hidden": jnp.zeros((B, 5)), "teacher_kernel": jnp.zeros((5, V))},
+    },
 }
 DEFAULTS[linear_log_probs] = DEFAULTS[linear]
 DEFAULTS[linear_loss] = DEFAULTS[linear] | {"function": lambda rows: rows.nll}
@@ -99,7 +106,132 @@ ONE_PASS = (
     'Pass strategy="recompute" for one loss per example.'
 )
 
+OF_TEACHER = (
+    "Pass teacher_logits, or teacher_hidden and teacher_kernel, of which the logits "
+    "are formed in pieces."
+)
+PADDED = "Pad the smaller vocabulary and mask with where."
+
 MISTAKES = {
+    # a teacher
+    "an unknown direction": Mistake(
+        divergence,
+        {"direction": "backward"},
+        ValueError,
+        "direction: got 'backward', expected one of 'forward', 'reverse', "
+        '\'jensen_shannon\'. "forward" is KL(teacher || student), "reverse" '
+        "KL(student || teacher).",
+    ),
+    "no temperature": Mistake(
+        divergence,
+        {"temperature": 0.0},
+        ValueError,
+        "temperature: got 0.0, expected a finite number above 0. 1 leaves the logits "
+        "as they are.",
+    ),
+    "a temperature of each example": Mistake(
+        divergence,
+        {"temperature": zeros((B,))},
+        TypeError,
+        "temperature: got an array of shape (4,) and dtype float32, expected a finite "
+        "number above 0, or a traced scalar. 1 leaves the logits as they are.",
+    ),
+    "all of the teacher": Mistake(
+        divergence,
+        {"teacher_weight": 1.0},
+        ValueError,
+        "teacher_weight: got 1.0, expected a number from 0 to 1, both excluded. For "
+        'one of the two divergences, pass direction="forward" or "reverse".',
+    ),
+    "a weight of each teacher": Mistake(
+        divergence,
+        {"teacher_weight": zeros((B,))},
+        TypeError,
+        "teacher_weight: got an array of shape (4,) and dtype float32, expected a "
+        f"number from 0 to 1, both excluded, or a traced scalar. {ONE_NUMBER}",
+    ),
+    "a teacher's cap of 0": Mistake(
+        divergence,
+        {"teacher_logit_softcap": 0.0},
+        ValueError,
+        f"teacher_logit_softcap: got 0.0, expected {NO_CAP}",
+    ),
+    "a teacher of other classes": Mistake(
+        divergence,
+        {"teacher_logits": zeros((B, V + 1))},
+        ValueError,
+        "teacher_logits: got shape (4, 7), expected (4, 6), as the student's. Both "
+        "have the same classes: pad the smaller vocabulary and mask with where.",
+    ),
+    "a teacher of integers": Mistake(
+        divergence,
+        {"teacher_logits": zeros((B, V), jnp.int32)},
+        TypeError,
+        f"teacher_logits: got dtype int32, expected {FLOATS}. Convert them: "
+        "teacher_logits.astype(jnp.float32).",
+    ),
+    "no teacher": Mistake(
+        linear_divergence,
+        {"teacher_hidden": None, "teacher_kernel": None},
+        ValueError,
+        "teacher_logits: got None without teacher_hidden, expected one of the two. "
+        + OF_TEACHER,
+    ),
+    "two teachers": Mistake(
+        linear_divergence,
+        {"teacher_logits": LOGITS},
+        ValueError,
+        "teacher_logits: got an array beside teacher_hidden, expected one of the two. "
+        + OF_TEACHER,
+    ),
+    "a teacher without a kernel": Mistake(
+        linear_divergence,
+        {"teacher_kernel": None},
+        ValueError,
+        "teacher_kernel: got None with teacher_hidden, expected both or neither. "
+        + OF_TEACHER,
+    ),
+    "a bias without a teacher's kernel": Mistake(
+        linear_divergence,
+        {
+            **{"teacher_hidden": None, "teacher_kernel": None},
+            **{"teacher_logits": LOGITS, "teacher_bias": zeros((V,))},
+        },
+        ValueError,
+        "teacher_bias: got an array of shape (6,) and dtype float32, expected None "
+        "with teacher_logits. It belongs to a teacher_kernel.",
+    ),
+    "a teacher of other examples": Mistake(
+        linear_divergence,
+        {"teacher_hidden": zeros((B + 1, 5))},
+        ValueError,
+        "teacher_hidden: got shape (5, 5), expected (4,) and a feature axis, the "
+        "examples of hidden. Teacher and student see the same examples; features may "
+        "differ.",
+    ),
+    "a teacher's kernel of other classes": Mistake(
+        linear_divergence,
+        {"teacher_kernel": zeros((5, V + 1))},
+        ValueError,
+        "teacher_kernel: got shape (5, 7) of 7 classes, expected 6 classes, as the "
+        f"student's kernel has. {PADDED}",
+    ),
+    "a teacher's kernel of another layout": Mistake(
+        linear_divergence,
+        {"teacher_kernel": zeros((V, 5))},
+        ValueError,
+        "teacher_kernel: got shape (6, 5), expected (features, classes) with 5 "
+        'features, as teacher_hidden has. teacher_kernel_layout="dv" is (features, '
+        'classes). For the transposed matrix pass teacher_kernel_layout="vd".',
+    ),
+    "a divergence in chunks of classes": Mistake(
+        linear_divergence,
+        {"strategy": "vocab"},
+        ValueError,
+        'strategy: got "vocab" with divergences from a teacher, expected "tokens", '
+        '"recompute", "dense" or "auto". What has a number for every class is cut with '
+        "its examples.",
+    ),
     # logits
     "logits of integers": Mistake(
         integer,
@@ -913,15 +1045,16 @@ MISTAKES |= {
         {"labels": DISTRIBUTIONS, "strategy": "vocab", "reduction": "sum"},
         ValueError,
         'strategy: got "vocab" with labels that are distributions, expected "tokens", '
-        '"recompute", "dense" or "auto". Distributions are cut with their examples.',
+        '"recompute", "dense" or "auto". What has a number for every class is cut with '
+        "its examples.",
     ),
     "head: chunks of distributions in forward mode": Mistake(
         linear,
         {"labels": DISTRIBUTIONS, "strategy": "recompute", "forward_mode": True},
         ValueError,
         'strategy: got "recompute" with labels that are distributions and '
-        'forward_mode=True, expected "dense" or "auto". The chunks of distributions '
-        "have a rule for reverse mode alone.",
+        'forward_mode=True, expected "dense" or "auto". Their chunks have a '
+        "rule for reverse mode alone.",
     ),
 }
 

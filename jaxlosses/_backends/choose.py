@@ -44,6 +44,8 @@ def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     def on_cpu(inputs: Inputs) -> tuple[Values, Values]:
         return tails.peak_and_spread(statistics.normalize(spec, inputs)[1])
 
+    if spec.softcap is not None:  # as above
+        return on_cpu(inputs)
     return by_platform(on_cpu, functools.partial(online.normalizer, spec), inputs)
 
 

@@ -48,14 +48,16 @@ class Request(NamedTuple):
     """What a loss needs of a strategy.
 
     Attributes:
-        dense: labels are distributions.
+        dense: labels are distributions, or logits of a teacher.
         summed: all that is wanted is a sum or a mean.
         forward_mode: of the rule.
+        teacher: its logits are formed, too.
     """
 
     dense: bool
     summed: bool
     forward_mode: bool
+    teacher: bool = False
 
 
 class Sizes(NamedTuple):
@@ -65,8 +67,9 @@ class Sizes(NamedTuple):
         examples: of all batch axes.
         features: of the hidden states.
         classes: of the kernel.
-        entry: bytes of a logit, and of its cotangent in the compute dtype.
-        logit: bytes of a logit in the compute dtype.
+        entry: bytes of a logit, and of its cotangent in the compute dtype; with those
+            of a teacher's logit that is formed.
+        logit: bytes of a logit in the compute dtype, likewise.
         weight: bytes of an entry of the kernel.
         kernel_sum: bytes of an entry of the kernel's gradient beyond the result.
         hidden_sum: likewise, of the hidden states.
@@ -99,23 +102,24 @@ class Sizes(NamedTuple):
 
     def materialised_on(self, platform: Platform) -> Size:
         """Bytes that it holds on one."""
-        wide = platform == "gpu" and self.examples >= _WIDE_ON_GPU and self.logit == 2
+        narrow = self.logit < self.entry  # a compute dtype of 16 bits
+        wide = platform == "gpu" and self.examples >= _WIDE_ON_GPU and narrow
         return self.materialised * (2 if wide else 1)
 
 
-def sizes_of(matmul: Matmul, head: Head) -> Sizes:
+def sizes_of(matmul: Matmul, head: Head, teacher: bool = False) -> Sizes:
     """Sizes and bytes of a head; where a known mesh has its arrays, of one device."""
     *batch, features = head.hidden.shape
     acc, narrow = matmul.accumulation.itemsize, matmul.dtype.itemsize
-    examples = math.prod(batch)
+    examples, number = math.prod(batch), 2 if teacher else 1
     if are_numbers(examples):
         examples = -(-examples // num_parts())
     return Sizes(
         examples,
         features,
         classes_of(matmul.layout, head.kernel),
-        acc + (narrow if narrow < 4 else 0),
-        narrow,
+        acc * number + (narrow if narrow < 4 else 0),
+        narrow * number,
         head.kernel.dtype.itemsize,
         *(acc if a.dtype.itemsize < acc else 0 for a in (head.kernel, head.hidden)),
     )
@@ -129,7 +133,7 @@ def choose(
     workspace: int | None,
 ) -> tuple[Way, Plans]:
     """The strategy, and its chunks on each platform."""
-    sizes = sizes_of(matmul, head)
+    sizes = sizes_of(matmul, head, request.teacher)
     way = _strategy(request, sizes, workspace) if strategy == "auto" else strategy
     if sizes.examples * sizes.classes == 0:
         way = "dense"

@@ -1,0 +1,112 @@
+"""What a class adds to a divergence, of two probabilities and their log-ratio.
+
+`lead` is `log t - log s`. Each function takes what is left over from the larger of the
+two, so that neither a large ratio nor one near 1 costs digits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlosses._elementary import exp, expm1, log1p
+from jaxlosses._math import pairs
+from jaxlosses._math.classes import Values
+
+# Terms of `sum_k (-d)^(k - 2) / k!` for `|d| <= 1`, by the bytes of a number.
+_LAST_OF_EXP = {4: 11, 8: 20}
+# Terms of `log((1 + s) / (1 - s)) / 2`, for `|d| <= 1 / 2`.
+_LAST_OF_LOG = {4: 13, 8: 29}
+# Where `exp(y)` does not overflow, and `log(1 + b exp(y))` is `y + log(b)`.
+_FAR = 60
+
+
+@jax.custom_jvp
+def excess(student: Values, teacher: Values, lead: Values) -> Values:
+    """`t_j - s_j`, by the larger of them."""
+    behind = expm1(-jnp.abs(lead))
+    return jnp.where(lead <= 0, student * behind, -teacher * behind)
+
+
+@excess.defjvp
+def _excess_jvp(primals: Any, tangents: Any) -> tuple[Values, Values]:
+    d_student, d_teacher, _ = tangents
+    return excess(*primals), d_teacher - d_student
+
+
+def relative_entropy(p: Values, q: Values, lead: Values) -> Values:
+    """`p (d + exp(-d) - 1)` with `d = log p - log q`, by the larger of them."""
+    size = jnp.abs(lead)
+    near = jnp.where(size <= 1, lead, 0)
+    series = pairs.series_of_exp(-near, 2, _LAST_OF_EXP[p.dtype.itemsize])
+    behind = exp(-size)
+    # Where there is nothing of one of them, `0 * inf` would be NaN.
+    far = jnp.where(jnp.isinf(size), 0, size)
+    ahead = p * ((far - 1) + behind)
+    below = q * (1 - behind * (1 + far))
+    terms = jnp.where(lead > 0, ahead, below)
+    terms = jnp.where(size <= 1, p * (near * near * series), terms)
+    return jnp.where(lead == jnp.inf, jnp.inf, terms)
+
+
+def to_mixture(
+    student: Values, teacher: Values, lead: Values, teacher_weight: Values
+) -> Values:
+    """`b t log(t / m) + (1 - b) s log(s / m)` with the mixture `m = b t + (1 - b) s`.
+
+    `log(1 + u)` has `2 (s + s^3 / 3 + ...)` with `s = u / (2 + u)`, so that
+
+        u - log(1 + u) = u s - 2 (s^3 / 3 + s^5 / 5 + ...)
+    """
+    p, q = _ordered(lead, teacher, student)
+    a, b = _ordered(lead, teacher_weight, 1 - teacher_weight)
+    u, v, log_p, log_q = _of_mixture(a, b, jnp.abs(lead))
+    last = _LAST_OF_LOG[p.dtype.itemsize]
+
+    def beyond(u: Values) -> Values:
+        s = u / (2 + u)
+        square = s * s
+        series = jnp.full_like(s, 2 / last)
+        for k in range(last - 2, 2, -2):
+            series = series * square + 2 / k
+        return u * s - s * square * series
+
+    near = jnp.abs(lead) <= 0.5
+    u, v = jnp.where(near, u, 0), jnp.where(near, v, 0)
+    small = a * p * beyond(u) + b * q * beyond(v)
+    large = -a * jnp.where(p == 0, 0, p * log_p) - b * jnp.where(q == 0, 0, q * log_q)
+    return jnp.where(near, small, large)
+
+
+@jax.custom_jvp
+def log_of_mixture(lead: Values, teacher_weight: Values) -> Values:
+    """`log(m / s)`, of the mixture to the student."""
+    a, b = _ordered(lead, teacher_weight, 1 - teacher_weight)
+    *_, log_p, log_q = _of_mixture(a, b, jnp.abs(lead))
+    return jnp.where(lead >= 0, log_q, log_p)
+
+
+@log_of_mixture.defjvp
+def _log_of_mixture_jvp(primals: Any, tangents: Any) -> tuple[Values, Values]:
+    lead, weight = primals
+    share = jax.nn.sigmoid(lead + (jnp.log(weight) - jnp.log1p(-weight)))
+    return log_of_mixture(*primals), share * tangents[0]
+
+
+def _ordered(lead: Values, teacher: Values, student: Values) -> tuple[Values, Values]:
+    """Those of the larger probability and of the smaller one."""
+    ahead = lead >= 0
+    return jnp.where(ahead, teacher, student), jnp.where(ahead, student, teacher)
+
+
+def _of_mixture(a: Values, b: Values, size: Values) -> tuple[Values, ...]:
+    """The mixture `m` beside the larger probability `p` and the smaller one, `q`.
+
+    Returns:
+        `m / p - 1`, `m / q - 1`, and their logarithms `log(m / p)` and `log(m / q)`,
+        for `log(p / q)` of some size.
+    """
+    behind = expm1(-size)
+    u, v = b * behind, a * (-behind / exp(-jnp.minimum(size, _FAR)))
+    log_p = log1p(u)
+    return u, v, log_p, jnp.where(size < _FAR, log1p(v), log_p + size)
