@@ -16,6 +16,7 @@ from jaxlosses._linear_divergence import (
     linear_softmax_kl_divergence as linear_softmax_kl_divergence,
 )
 from jaxlosses._log_probs import softmax_entropy as softmax_entropy
+from jaxlosses._math.top_k import Rest
 from jaxlosses._rows import Rows as Rows
 from jaxlosses._softmax import log_softmax as log_softmax
 from jaxlosses._softmax import softmax as softmax
@@ -40,6 +41,15 @@ class _Options(_Transform, total=False):
     normalizer: float | Array | None
     batch_axis_name: str | tuple[str, ...] | None
 
+class _TopK(_Transform, total=False):
+    rest: Rest
+    as_divergence: bool
+    z_loss: float | Array
+    weights: ArrayLike | None
+    reduction: Reduction
+    normalizer: float | Array | None
+    batch_axis_name: str | tuple[str, ...] | None
+
 class _OfIds(_Options, total=False):
     ignore_index: int | None
 
@@ -51,6 +61,7 @@ class _Head(TypedDict, total=False):
     compute_dtype: DTypeLike | None
 
 class _Fused(_OfIds, _Head, total=False): ...
+class _FusedTopK(_TopK, _Head, total=False): ...
 
 class _OfRows(_Transform, _Head, total=False):
     bias: ArrayLike | None
@@ -154,6 +165,72 @@ def linear_softmax_cross_entropy(
     *,
     return_stats: bool | tuple[Metric, ...],
     **options: Unpack[_Fused],
+) -> Array | tuple[Array, Stats]: ...
+@overload
+def softmax_cross_entropy_with_top_k_labels(
+    logits: ArrayLike,
+    ids: ArrayLike,
+    probs: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[_TopK],
+) -> Array: ...
+@overload
+def softmax_cross_entropy_with_top_k_labels(
+    logits: ArrayLike,
+    ids: ArrayLike,
+    probs: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: Literal[True] | tuple[Metric, ...],
+    **options: Unpack[_TopK],
+) -> tuple[Array, Stats]: ...
+@overload
+def softmax_cross_entropy_with_top_k_labels(
+    logits: ArrayLike,
+    ids: ArrayLike,
+    probs: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_stats: bool | tuple[Metric, ...],
+    **options: Unpack[_TopK],
+) -> Array | tuple[Array, Stats]: ...
+@overload
+def linear_softmax_cross_entropy_with_top_k_labels(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    ids: ArrayLike,
+    probs: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[_FusedTopK],
+) -> Array: ...
+@overload
+def linear_softmax_cross_entropy_with_top_k_labels(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    ids: ArrayLike,
+    probs: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_stats: Literal[True] | tuple[Metric, ...],
+    **options: Unpack[_FusedTopK],
+) -> tuple[Array, Stats]: ...
+@overload
+def linear_softmax_cross_entropy_with_top_k_labels(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    ids: ArrayLike,
+    probs: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_stats: bool | tuple[Metric, ...],
+    **options: Unpack[_FusedTopK],
 ) -> Array | tuple[Array, Stats]: ...
 @overload
 def softmax_log_probs(

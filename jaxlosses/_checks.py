@@ -27,6 +27,7 @@ _REDUCTIONS = ("none", "sum", "mean")
 _LAYOUTS = ("dv", "vd")
 _STRATEGIES = ("auto", "tokens", "recompute", "vocab", "dense")
 _DIRECTIONS = ("forward", "reverse", "jensen_shannon")
+_RESTS = ("ignore", "bucket", "renormalize")
 _METRICS = ("entropy", "rank", "confidence", "label_logit")
 
 
@@ -680,6 +681,64 @@ def logit_softcap(
         "Pass None for no cap.",
     )
     return float(x)
+
+
+def top_k_labels(
+    ids: Given, probs: Given, batch: Shape, *, fused: bool = False
+) -> tuple[Array, Array]:
+    """Class ids, several per example, and how probable each is."""
+    # What JAX would wrap is narrowed: -1 pads, and what does not fit cannot be.
+    ids, pads = _narrowed(ids, -1)
+    if pads == -2:
+        ids = np.where(ids == -1, np.int32(-2), np.where(ids == -2, np.int32(-1), ids))
+    ids, probs = _array("ids", ids), _array("probs", probs)
+    is_integer("ids", ids, fused=True)
+    fix = "Give K class ids per example, with -1 for none, along a last axis."
+    if ids.shape == batch:
+        name = "linear_softmax_cross_entropy"
+        if not fused:
+            name = "softmax_cross_entropy_with_integer_labels"
+        fix = f"For one class id per example call {name}."
+    expected = f"{batch} and one axis more, of K"
+    _demand_shape("ids", ids, (*batch, None), expected, fix)
+    _demand(
+        _is_real(probs.dtype),
+        TypeError,
+        "probs",
+        f"dtype {probs.dtype}",
+        "a real dtype",
+        "Give a probability per id: probs.astype(jnp.float32).",
+    )
+    fix = "Give one probability per id."
+    _demand_shape("probs", probs, ids.shape, f"{ids.shape}, as ids", fix)
+    return ids, probs
+
+
+def rest(x: Given) -> Any:
+    """What becomes of classes that a label does not name."""
+    _demand(
+        isinstance(x, str) and x in _RESTS,
+        ValueError,
+        "rest",
+        repr(x),
+        f"one of {', '.join(map(repr, _RESTS))}",
+        '"bucket" takes all others for one more class, "renormalize" for none.',
+    )
+    return x
+
+
+def as_divergence(x: Given, rest: str) -> bool:
+    """Whether the entropy of labels is subtracted, of those that sum to one."""
+    wanted = flag("as_divergence", x)
+    _demand(
+        not wanted or rest != "ignore",
+        ValueError,
+        "as_divergence",
+        'True with rest="ignore"',
+        'rest="bucket" or "renormalize"',
+        "Labels that leave a part out are no distribution.",
+    )
+    return wanted
 
 
 def direction(x: Given) -> Any:

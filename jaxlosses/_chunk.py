@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool
 
-from jaxlosses import _options, _rules, _teacher
+from jaxlosses import _options, _rules, _teacher, _top_k
 from jaxlosses._backends import head
 from jaxlosses._backends.head import Head, Labels, Matmul
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._combine import Example
 from jaxlosses._logits import plain_nll
+from jaxlosses._math.classes import Inputs, Spec
+from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Static, Weighing
 from jaxlosses._rows import Given
 from jaxlosses._types import Tree
@@ -43,7 +45,7 @@ class OfEach(NamedTuple):
         weights: its own weight.
         scale: factor of its logits.
         args: of a function of the caller.
-        labels: a distribution, or logits of a teacher.
+        labels: a distribution, logits of a teacher, or probabilities of some classes.
         teacher_hidden: what its logits are formed of.
     """
 
@@ -81,10 +83,19 @@ def loss_of_chunk(
         part = for_all.part_of_teacher
         loss, *beside = _teacher.losses(static, inputs, example, part)
         return loss, beside
-    found = _rules.statistics(OnLogits(spec), inputs)
+    if static.top_k is not None:
+        loss, *beside = _top_k.losses(
+            static, inputs, for_all.weighing, example, _statistics
+        )
+        return loss, beside
+    found = _statistics(spec, inputs)
     plain = plain_nll(static, inputs)
     given = Given(of_each.args, closed)
     loss, *beside = _options.losses(
         static, inputs, found, for_all.weighing, example, given, plain
     )
     return loss, beside
+
+
+def _statistics(spec: Spec, inputs: Inputs) -> Statistics:
+    return _rules.statistics(OnLogits(spec), inputs)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Integer
 
-from jaxlosses import _checks, _combine, _options, _rules, _sharding
+from jaxlosses import _checks, _combine, _options, _rules, _sharding, _top_k
 from jaxlosses._backends import head, plan, recompute, tokens
 from jaxlosses._backends.chunks import Plans
 from jaxlosses._backends.examples import Operands
@@ -20,7 +20,8 @@ from jaxlosses._backends.vocab import ByClasses
 from jaxlosses._chunk import ForAll, OfEach, loss_of_chunk
 from jaxlosses._combine import Example, Losses
 from jaxlosses._logits import Arrays, loss_on_logits
-from jaxlosses._math.classes import any_class, ids_of_classes
+from jaxlosses._math.classes import Inputs, Spec, any_class, ids_of_classes
+from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
 from jaxlosses._rows import Given
 from jaxlosses._types import DType, Tree
@@ -56,11 +57,12 @@ class FusedArrays(NamedTuple):
     Attributes:
         head: the factors of the logits.
         labels: class ids, distributions or logits of a teacher; None for one that has
-            a head of its own.
+            a head of its own; or probabilities of `ids`.
         where: classes that exist, `V` or `B... V`, or None for all.
         examples: those that count, or None for all.
         options: of the loss.
         teacher: the factors of the teacher's logits, or None.
+        ids: classes that a label names, or None.
     """
 
     head: Head
@@ -69,6 +71,7 @@ class FusedArrays(NamedTuple):
     examples: Bool[Array, "*B"] | None
     options: Options
     teacher: Head | None = None
+    ids: Integer[Array, "*B K"] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -101,11 +104,14 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         kernel = (None, *every) if is_dv else (*every, None)
         return of_head(hidden=(*batch, None), kernel=kernel, bias=every)
 
+    of_labels = batch
+    if on_logits.spec.dense:  # a distribution has the classes as well
+        of_labels = (*batch, None) if on_logits.top_k else (*batch, *every)
     splits = filled(
         head=of(static.matmul),
         teacher=of(static.teacher),
-        # A distribution has the classes as well.
-        labels=(*batch, *every) if on_logits.spec.dense else batch,
+        labels=of_labels,
+        ids=(*batch, None),
         where=every if _is_shared(arrays.where) else (*batch, *every),
         examples=batch,
         options=of_options(
@@ -148,7 +154,7 @@ def _run(static: Fused, arrays: FusedArrays) -> Losses:
     _checks.closes_over_parts(shared, static.strategy)
     summed = on_logits.reduction != "none" and not shared
     request = plan.Request(
-        on_logits.spec.dense,
+        _has_every_class(on_logits),
         summed,
         on_logits.forward_mode,
         teacher=static.teacher is not None,
@@ -181,7 +187,7 @@ def _on_logits(static: Fused, arrays: FusedArrays) -> Losses:
     labels = arrays.labels
     if static.teacher is not None and arrays.teacher is not None:
         labels = head.project(static.teacher, arrays.teacher)
-    given = Arrays(z, labels, where, masks, arrays.options)
+    given = Arrays(z, labels, where, masks, arrays.options, arrays.ids)
     return loss_on_logits(on_logits, given)
 
 
@@ -213,6 +219,9 @@ def _flattened(arrays: FusedArrays) -> FusedArrays:
         head=flat(arrays.head),
         teacher=None if teacher is None else flat(teacher),
         labels=labels,
+        ids=None
+        if arrays.ids is None
+        else arrays.ids.reshape(-1, arrays.ids.shape[-1]),
         where=where,
         examples=examples,
         options=options._replace(weights=weights, logit_scale=scale, given=given),
@@ -233,11 +242,12 @@ def _in_chunks(
     masses = _options.masses_of(on_logits, options, coefficients, example, like)
     weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
 
-    if way == "tokens" or spec.dense:
+    if way == "tokens" or _has_every_class(on_logits):
         of_all, of_each = (None, scale) if options.scales_each else (scale, None)
         # A distribution that all examples share is of one row.
         given_labels = arrays.labels if spec.dense else None
         is_shared = given_labels is not None and given_labels[..., 0].size == 1
+        is_shared = is_shared and arrays.ids is None
         if given_labels is not None and not is_shared:
             shape = (*like.shape, given_labels.shape[-1])
             given_labels = jnp.broadcast_to(given_labels, shape)
@@ -273,8 +283,25 @@ def _in_chunks(
         loss, beside = recompute.of_each(plans, loss_of, operands)
         return _options.reduced(on_logits, Losses(loss, *beside), masses)
 
-    product = Product(arrays.head, class_weights, scale, labels, exists)
     by = ByClasses if way == "vocab" else recompute.ByExamples
+    if on_logits.top_k is not None:
+
+        def of(spec: Spec, inputs: Inputs) -> Statistics:
+            named, ids = labels._replace(picks=inputs.picks), inputs.labels
+            if ids is not None:
+                named = named._replace(ids=ids[..., 0])
+            product = Product(arrays.head, None, scale, named, exists)
+            found = _rules.statistics(by(spec, plans), product, on_logits.forward_mode)
+            return head.expanded(spec, found)
+
+        number = classes_of(static.matmul.layout, arrays.head.kernel)
+        z = jax.ShapeDtypeStruct((*like.shape, number), dtype)
+        inputs = head.inputs_of(spec, z, labels, exists, None, scale)
+        inputs = inputs._replace(labels=arrays.labels)
+        out = _top_k.losses(on_logits, inputs, weighing, example, of)
+        return _options.reduced(on_logits, out, masses)
+
+    product = Product(arrays.head, class_weights, scale, labels, exists)
     found = _rules.statistics(by(spec, plans), product, on_logits.forward_mode)
     inputs = head.inputs_of(spec, None, labels, exists, class_weights, scale)
     found = head.expanded(spec, found)
@@ -288,12 +315,15 @@ def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     num_classes = classes_of(static.matmul.layout, arrays.head.kernel)
     batch = arrays.head.hidden.shape[:-1]
     counted, weights = _counted(static, arrays), options.example_weights(dtype)
-    where = arrays.where
+    where, shape = arrays.where, (*batch, num_classes)
     own = None if _is_shared(where) else where
     if spec.dense or arrays.labels is None:
         ids = jnp.zeros(batch, jnp.int32)
-        return Labels(ids, counted, own), Example(counted, None, weights)
-    shape = (*batch, num_classes)
+        labels = Labels(ids, counted, own)
+        if arrays.ids is not None:
+            picks = _top_k.class_ids(spec, shape, arrays.ids)
+            labels = labels._replace(ids=ids - 1, picks=picks)
+        return labels, Example(counted, None, weights)
     ids = _options.class_ids(spec, shape, arrays.labels)
     of_labels = functools.partial(
         _options.weights_of_labels, spec, ids=ids, dtype=dtype
@@ -318,6 +348,11 @@ def _counted(static: Fused, arrays: FusedArrays) -> Bool[Array, "*B"] | None:
         spec = dataclasses.replace(static.on_logits.spec, axes=axes)
         masks.append(any_class(spec, arrays.where)[..., 0])
     return _options.all_of(masks, arrays.head.hidden.shape[:-1])
+
+
+def _has_every_class(static: Static) -> bool:
+    """Whether labels have a number for each class, which are cut with examples."""
+    return static.spec.dense and static.top_k is None
 
 
 def _is_shared(where: Bool[Array, "..."] | None) -> bool:

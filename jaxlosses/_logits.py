@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Integer
 
-from jaxlosses import _checks, _combine, _options, _rules, _sharding, _teacher
+from jaxlosses import _checks, _combine, _options, _rules, _sharding, _teacher, _top_k
 from jaxlosses._backends.logits import OnLogits
 from jaxlosses._combine import Example, Losses
 from jaxlosses._math.classes import (
@@ -22,32 +23,59 @@ from jaxlosses._math.classes import (
 )
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
-from jaxlosses._types import DType
+from jaxlosses._types import DType, Tree
 
 
 class Arrays(NamedTuple):
-    """What a loss on logits reads."""
+    """What a loss on logits reads.
+
+    Attributes:
+        logits: in any axis order; with `ids`, the classes are the last axis.
+        labels: class ids, distributions, logits of a teacher, or probabilities of
+            `ids`.
+        where: classes that exist, of the logits' rank, or None for all.
+        examples: those that count, or None for all.
+        options: of the loss.
+        ids: classes that a label names, or None.
+    """
 
     logits: Float[Array, "..."]
     labels: Any
     where: Bool[Array, "..."] | None
     examples: Bool[Array, "*B"] | None
     options: Options
+    ids: Integer[Array, "*B K"] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
     """The loss of arguments that are checked, and what is wanted beside it."""
-    spec = static.spec
     mesh = _sharding.explicit_mesh(arrays)
+    if mesh is not None and static.top_k is not None:
+        return _by_hand(static, arrays, mesh)
     if mesh is not None:
-        arrays = _split_alike(spec, arrays, mesh)
+        arrays = _split_alike(static.spec, arrays, mesh)
+    return _loss(static, arrays)
+
+
+def _loss(static: Static, arrays: Arrays) -> Losses:
+    spec = static.spec
     options, dtype = arrays.options, accumulation_dtype(arrays.logits.dtype)
     inputs, example = _inputs(static, arrays, dtype)
+    coefficients = options.coefficients(dtype)
     if static.divergence is not None:
         out = _teacher.losses(static, inputs, example, options.part_of_teacher(dtype))
-        coefficients = options.coefficients(dtype)
         masses = _options.masses_of(static, options, coefficients, example, out.loss)
+        return _options.reduced(static, out, masses)
+    if static.top_k is not None:
+        like = jnp.zeros(_checks.batch_shape(arrays.logits.shape, spec.axes), dtype)
+        masses = _options.masses_of(static, options, coefficients, example, like)
+        weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
+
+        def of(spec: Spec, inputs: Inputs) -> Statistics:
+            return _statistics(spec, inputs, static.forward_mode)
+
+        out = _top_k.losses(static, inputs, weighing, example, of)
         return _options.reduced(static, out, masses)
     if static.forward_mode and example.weights is not None:
         # A forward rule is linear in what reaches it: it cannot let a NaN pass where
@@ -58,7 +86,6 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
         inputs = inputs._replace(counted=both(inputs.counted, on))
     found = _statistics(spec, inputs, static.forward_mode)
     plain = plain_nll(static, inputs)
-    coefficients = options.coefficients(dtype)
     like = jnp.squeeze(found.nll, spec.axes)
     masses = _options.masses_of(static, options, coefficients, example, like)
     weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
@@ -107,6 +134,9 @@ def _inputs(static: Static, arrays: Arrays, dtype: DType) -> tuple[Inputs, Examp
         None if counted is None else jnp.expand_dims(counted, spec.axes),
         class_weights,
         scale,
+        None
+        if arrays.ids is None
+        else _top_k.class_ids(spec, logits.shape, arrays.ids),
     )
     return inputs, Example(counted, label_weights, options.example_weights(dtype))
 
@@ -120,9 +150,45 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
         masks.append(arrays.examples)
     if arrays.where is not None:
         masks.append(jnp.squeeze(any_class(spec, arrays.where), spec.axes))
+    weights = arrays.options.weights
+    if static.top_k is not None and weights is not None:
+        masks.append(weights != 0)
     if 0 in (shape[axis] for axis in spec.axes):
         masks.append(jnp.zeros(batch, bool))
     return _options.all_of(masks, batch)
+
+
+def _by_hand(static: Static, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Losses:
+    """On a mesh of explicit axes, inside a `shard_map`, which looks up ids."""
+    *batch, classes = _sharding.split_of(arrays.logits)
+    over = tuple(name for entry in batch for name in _sharding.names(entry))
+    split = _sharding.names(classes)
+    of_options, filled = _sharding.of_splits(Options, Arrays)
+    splits = filled(
+        logits=(*batch, classes),
+        labels=(*batch, None),
+        ids=(*batch, None),
+        where=(*batch, classes),
+        examples=tuple(batch),
+        options=of_options(
+            class_weights=(),
+            weights=tuple(batch),
+            label_smoothing=(),
+            z_loss=(),
+            logit_scale=tuple(batch) if arrays.options.scales_each else (),
+            normalizer=(),
+            teacher_weight=(),
+        ),
+    )
+    part = static.over((*static.axis_name, *split), (*static.batch_axes, *over))
+    of_examples: Tree = P(*batch)
+    of_sum: Tree = P()
+    out_specs = Losses(
+        of_examples if static.reduction == "none" else of_sum,
+        of_examples if static.return_stats else None,
+    )
+    run = functools.partial(_loss, part)
+    return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
 
 def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Arrays:

@@ -25,6 +25,7 @@ from jaxlosses._combine import (
 from jaxlosses._math.classes import Inputs, Spec, Values, count_of
 from jaxlosses._math.divergence import Divergence
 from jaxlosses._math.statistics import Statistics
+from jaxlosses._math.top_k import TopK
 from jaxlosses._rows import Function
 from jaxlosses._sharding import as_ids, shards_over
 from jaxlosses._types import DType, Shape, Size
@@ -44,6 +45,7 @@ class Static:
         return_entropy: whether that is a result, to be differentiated.
         function: of the statistics, in place of the loss that the options make.
         divergence: to a teacher, whose logits are in the place of the labels.
+        top_k: labels name some classes, and are their probabilities.
         metrics: those that are wanted by name.
     """
 
@@ -56,6 +58,7 @@ class Static:
     return_entropy: bool = False
     function: Function | None = None
     divergence: Divergence | None = None
+    top_k: TopK | None = None
     metrics: tuple[Metric, ...] = ()
 
     @property
@@ -203,6 +206,33 @@ def check_transform(
     entropy = _checks.flag("return_entropy", return_entropy)
     spec = dataclasses.replace(static.spec, entropy=entropy)
     return dataclasses.replace(static, spec=spec, return_entropy=entropy), options
+
+
+def check_top_k(
+    axes: tuple[int, ...],
+    batch: Shape,
+    num_classes: Size,
+    *,
+    rest: Given,
+    as_divergence: Given,
+    **others: Given,
+) -> tuple[Static, Options]:
+    """The same for labels that name some classes."""
+    static, options = check(
+        axes,
+        batch,
+        num_classes,
+        dense=True,
+        ignored=None,
+        class_weights=None,
+        label_smoothing=0.0,
+        **others,
+    )
+    rest = _checks.rest(rest)
+    kind = TopK(rest, _checks.as_divergence(as_divergence, rest))
+    # What the labels do not name comes by its log-sum-exp.
+    spec = dataclasses.replace(static.spec, lse=True)
+    return dataclasses.replace(static, spec=spec, top_k=kind), options
 
 
 def check_divergence(

@@ -139,7 +139,8 @@ def _reverse_bwd(
     g_smooth = None if g.smooth is None else _array(g.smooth)
     # An entropy that is a metric alone costs none either.
     g_entropy = _asked(g.entropy)
-    cotangents = Cotangents(g_spread, _array(g.nll), g_smooth, g_entropy)
+    g_picks = None if g.picks is None else _array(g.picks)
+    cotangents = Cotangents(g_spread, _array(g.nll), g_smooth, g_entropy, g_picks)
     wanted = wanted_of(flags, operands)
     return (_pullback(backend, operands, kept, cotangents, wanted, False),)
 
@@ -157,7 +158,7 @@ def _forward_jvp(
 ) -> tuple[Statistics, Tree]:
     (operands,), (d_operands,) = primals, tangents
     result = _forward(backend, operands)
-    kept = Statistics(*result[:3], depth=result.depth)
+    kept = Statistics(*result[:3], depth=result.depth, picks=result.picks)
     # Checkpointed, so that reverse mode through the tangent keeps what the
     # custom_vjp keeps and rebuilds the probabilities. A new function each time: what
     # JAX has traced of one it keeps, and a trace may be for one platform.
@@ -169,7 +170,15 @@ def _forward_jvp(
     d_depth = None if d.entropy is None else d.entropy - d.spread
     d_peak = jnp.zeros_like(result.peak)
     d_result = Statistics(
-        d_peak, d.spread, d.nll, d.smooth, d_predicted, d.entropy, d_depth, d_rank
+        d_peak,
+        d.spread,
+        d.nll,
+        d.smooth,
+        d_predicted,
+        d.entropy,
+        d_depth,
+        d_rank,
+        d.picks,
     )
     return result, d_result
 
@@ -192,7 +201,7 @@ def _push(
     like = kept.nll
     smooth, entropy = backend.spec.smooth, backend.spec.entropy
     example = Cotangents(
-        like, like, like if smooth else None, like if entropy else None
+        like, like, like if smooth else None, like if entropy else None, kept.picks
     )
     (d,) = jax.linear_transpose(pull, example)(jax.tree.leaves(d_operands))
     return d

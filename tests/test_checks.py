@@ -30,6 +30,9 @@ linear = jl.linear_softmax_cross_entropy
 linear_log_probs = jl.linear_softmax_log_probs
 linear_loss = jl.linear_softmax_loss
 divergence = jl.softmax_kl_divergence
+named = jl.softmax_cross_entropy_with_top_k_labels
+linear_named = jl.linear_softmax_cross_entropy_with_top_k_labels
+TWO_IDS = jnp.zeros((B, 2), jnp.int32)
 linear_divergence = jl.linear_softmax_kl_divergence
 DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     integer: {"logits": LOGITS, "labels": IDS},
@@ -41,6 +44,11 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     jl.softmax_log_probs: {"logits": LOGITS, "labels": IDS},
     jl.softmax_entropy: {"logits": LOGITS},
     divergence: {"logits": LOGITS, "teacher_logits": LOGITS},
+    named: {"logits": LOGITS, "ids": TWO_IDS, "probs": jnp.ones((B, 2))},
+    linear_named: {
+        **{"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V))},
+        **{"ids": TWO_IDS, "probs": jnp.ones((B, 2))},
+    },
     linear_divergence: {
         **{"hidden": jnp.zeros((B, 3)), "kernel": jnp.zeros((3, V))},
         **{"teacher_hidden": jnp.zeros((B, 5)), "teacher_kernel": jnp.zeros((5, V))},
@@ -112,7 +120,65 @@ OF_TEACHER = (
 )
 PADDED = "Pad the smaller vocabulary and mask with where."
 
+K_IDS = "expected (4,) and one axis more, of K"
 MISTAKES = {
+    # labels of some classes
+    "one id per example": Mistake(
+        named,
+        {"ids": IDS},
+        ValueError,
+        f"ids: got shape (4,), {K_IDS}. For one class id per example call "
+        "softmax_cross_entropy_with_integer_labels.",
+    ),
+    "head: one id per example": Mistake(
+        linear_named,
+        {"ids": IDS},
+        ValueError,
+        f"ids: got shape (4,), {K_IDS}. For one class id per example call "
+        "linear_softmax_cross_entropy.",
+    ),
+    "ids of other examples": Mistake(
+        named,
+        {"ids": zeros((B + 1, 2), jnp.int32)},
+        ValueError,
+        f"ids: got shape (5, 2), {K_IDS}. Give K class ids per example, with -1 for "
+        "none, along a last axis.",
+    ),
+    "ids that are floats": Mistake(
+        named,
+        {"ids": zeros((B, 2))},
+        TypeError,
+        "ids: got dtype float32, expected an integer dtype (class ids). Convert class "
+        "ids: ids.astype(jnp.int32).",
+    ),
+    "probabilities of other ids": Mistake(
+        named,
+        {"probs": zeros((B, 3))},
+        ValueError,
+        "probs: got shape (4, 3), expected (4, 2), as ids. Give one probability per "
+        "id.",
+    ),
+    "probabilities that are complex": Mistake(
+        named,
+        {"probs": zeros((B, 2), jnp.complex64)},
+        TypeError,
+        "probs: got dtype complex64, expected a real dtype. Give a probability per "
+        "id: probs.astype(jnp.float32).",
+    ),
+    "an unknown rest": Mistake(
+        named,
+        {"rest": "drop"},
+        ValueError,
+        "rest: got 'drop', expected one of 'ignore', 'bucket', 'renormalize'. "
+        '"bucket" takes all others for one more class, "renormalize" for none.',
+    ),
+    "a divergence from a part": Mistake(
+        named,
+        {"as_divergence": True},
+        ValueError,
+        'as_divergence: got True with rest="ignore", expected rest="bucket" or '
+        '"renormalize". Labels that leave a part out are no distribution.',
+    ),
     # a teacher
     "an unknown direction": Mistake(
         divergence,

@@ -24,6 +24,10 @@ LOSSES = {
     "linear_softmax_cross_entropy": (
         "x, x, labels=x, bias=None, where=x, ignore_index=-100, strategy='tokens'"
     ),
+    "softmax_cross_entropy_with_top_k_labels": "x, x, x, (0, 1), rest='bucket'",
+    "linear_softmax_cross_entropy_with_top_k_labels": (
+        "x, x, x, probs=x, bias=None, as_divergence=True, strategy='vocab'"
+    ),
 }
 LOG_PROBS = {
     "softmax_log_probs": "x, x, (0, 1), where=x, ignore_index=-100, logit_scale=2.0",

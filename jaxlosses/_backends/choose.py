@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 from jaxlosses._backends import cpu
-from jaxlosses._math import online, statistics, tails
+from jaxlosses._math import online, picks, statistics, tails
 from jaxlosses._math.classes import Inputs, Spec, Values, Whole
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._platform import by_platform, is_local
@@ -17,6 +17,9 @@ _SLICES_ON_TPU = 4
 
 def evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     """Statistics of given logits, read as the platform of the program wants it."""
+    if inputs.picks is not None:
+        rest = picks.rest_of(spec, inputs)
+        return picks.beside(spec, inputs, rest, evaluate(spec, rest))
     return statistics.with_rank(spec, inputs, _evaluate(spec, inputs))
 
 

@@ -81,7 +81,7 @@ class Cut:
     """Examples in chunks, and back."""
 
     def __init__(self, plan: Plan, labels: Labels) -> None:
-        ids, counted, exists = labels
+        ids, counted = labels.ids, labels.counted
         self._plan, self._total = plan, ids.shape[plan.axis]
         self._size = -(-self._total // plan.num_chunks)
         self._padding = self._size * plan.num_chunks - self._total
@@ -92,7 +92,7 @@ class Cut:
         if self._padding and counted is None:
             counted = jnp.ones(ids.shape, bool)
         # What pads is zero: labels of class 0 that do not count.
-        self.labels: Labels = self.split(Labels(ids, counted, exists))
+        self.labels: Labels = self.split(labels._replace(counted=counted))
 
     def split(self, tree: Tree) -> Tree:
         """Every array that begins with `B...` as chunks along a new first axis."""

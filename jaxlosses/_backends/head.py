@@ -68,11 +68,13 @@ class Labels(NamedTuple):
         ids: class ids, `B...`.
         counted: whether it counts, `B...`.
         exists: classes of its own that exist, `B... V`.
+        picks: ids of classes, as in `Inputs`, `B... K`.
     """
 
     ids: Integer[Array, "*B"]
     counted: Bool[Array, "*B"] | None
     exists: Bool[Array, "*B V"] | None = None
+    picks: Integer[Array, "*B K"] | None = None
 
 
 _nothing: Any = None
@@ -216,14 +218,18 @@ def inputs_of(
         along_examples(labels.counted),
         along_classes(class_weights) if spec.smooth or spec.dense else None,
         along_examples(scale) if scale is not None and scale.ndim else scale,
+        labels.picks,
     )
 
 
 def squeezed(spec: Spec, tree: Tree) -> Tree:
-    """Statistics without their class axis."""
-    return jax.tree.map(lambda a: jnp.squeeze(a, spec.axes), tree)
+    """Statistics without their class axis; picks keep theirs."""
+    out = jax.tree.map(lambda a: jnp.squeeze(a, spec.axes), tree._replace(picks=None))
+    return out._replace(picks=tree.picks)
 
 
 def expanded(spec: Spec, tree: Tree) -> Tree:
     """The inverse of `squeezed`."""
-    return jax.tree.map(lambda a: jnp.expand_dims(a, spec.axes), tree)
+    few = tree._replace(picks=None)
+    out = jax.tree.map(lambda a: jnp.expand_dims(a, spec.axes), few)
+    return out._replace(picks=tree.picks)

@@ -106,8 +106,8 @@ class ByExamples:
             ]
             d_others = jax.tree.map(jnp.add, d_others, more)
             d_scale = None
-            if wanted.scale and scale is not None:
-                d_scale = squeezed(spec, d.scale)
+            if wanted.scale and scale is not None and d.scale is not None:
+                d_scale = jnp.squeeze(d.scale, spec.axes)
             return (here._replace(hidden=None), *d_others), (here.hidden, d_scale)
 
         def zeros(like: Tree, want: bool) -> Tree:

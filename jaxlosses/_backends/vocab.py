@@ -23,7 +23,7 @@ from jaxlosses._backends.head import (
     pull,
     squeezed,
 )
-from jaxlosses._math import gradient, online, statistics
+from jaxlosses._math import gradient, online, picks, statistics
 from jaxlosses._math.classes import (
     Inputs,
     Shaped,
@@ -63,28 +63,42 @@ class ByClasses:
     def _evaluate(
         self, plan: Plan, partial: Callable[..., Partial], product: Product
     ) -> Statistics:
-        spec, pieces = self.spec, _Pieces(self.spec, plan, product)
+        spec = self.spec
+        if product.labels.picks is not None:  # what is left out is of no label
+            spec = dataclasses.replace(spec, dense=False)
+        pieces = _Pieces(spec, plan, product)
         whole = _inputs(spec, None, product)
         of_two = whole
         if whole.scale is not None and whole.scale.ndim:
             of_two = whole._replace(scale=whole.scale[None])
 
-        def of(i: Array) -> Partial:
+        def of(i: Array) -> tuple[Partial, Values | None]:
             piece = pieces.take(i)
-            part = partial(pieces.spec, piece.inputs, piece.target)
-            return _shifted(part, piece.start)
+            inputs, picked = piece.inputs, None
+            if inputs.picks is not None:
+                picked = picks.picked(pieces.spec, inputs)
+                inputs = picks.rest_of(pieces.spec, inputs)
+                inputs = inputs._replace(labels=whole.labels)
+            part = partial(pieces.spec, inputs, piece.target)
+            return _shifted(part, piece.start), picked
 
-        def body(so_far: Partial, i: Array) -> tuple[Partial, None]:
-            both = jax.tree.map(lambda a, b: jnp.stack([a, b]), so_far, of(i))
+        def body(so_far: Tree, i: Array) -> tuple[Tree, None]:
+            (before, picked), (part, more) = so_far, of(i)
+            both = jax.tree.map(lambda a, b: jnp.stack([a, b]), before, part)
             merged = statistics.merge(spec, both, Stacked(), of_two)
-            return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged), None
+            merged = jax.tree.map(lambda a: jnp.squeeze(a, 0), merged)
+            return (merged, jax.tree.map(jnp.add, picked, more)), None
 
-        start = _nothing(jax.eval_shape(of, pieces.ids[0]))
-        part, _ = scan(body, start, pieces.ids)
+        of_part, of_picks = jax.eval_shape(of, pieces.ids[0])
+        start = _nothing(of_part), jax.tree.map(jnp.zeros_like, of_picks)
+        (part, picked), _ = scan(body, start, pieces.ids)
         if spec.shards != Whole():
             part = _shifted(part, spec.shards.first_id(pieces.num_classes))
             part = statistics.merge(spec, part, spec.shards, whole)
         found = statistics.finish(spec, part, whole)
+        if picked is not None:
+            some = part.rival != -jnp.inf
+            found = picks.with_rest(whole, found, some, spec.shards.sum(picked))
         if spec.rank:
             found = self._ranked(pieces, whole, found, part.label)
         out: Statistics = squeezed(spec, found)
@@ -216,7 +230,11 @@ class _Pieces:
         self._plan, self._product = plan, product
         self._size = plan.piece or -(-self.num_classes // plan.num_chunks)
         self._acc = plan.matmul.accumulation
-        self._labels = product.labels.ids - spec.shards.first_id(self.num_classes)
+        first = spec.shards.first_id(self.num_classes)
+        self._labels = product.labels.ids - first
+        self._picks: Array | None = None
+        if product.labels.picks is not None:
+            self._picks = product.labels.picks - first
         self._uniform: Uniform | None = None
         if spec.smooth:
             shape = (*head.hidden.shape[:-1], self.num_classes)
@@ -241,7 +259,9 @@ class _Pieces:
         here = product._replace(
             class_weights=part(product.class_weights),
             labels=product.labels._replace(
-                ids=self._labels - start, exists=part(product.labels.exists, rank - 1)
+                ids=self._labels - start,
+                exists=part(product.labels.exists, rank - 1),
+                picks=self._picks_from(start, i * size),
             ),
             exists=exists,
         )
@@ -254,6 +274,12 @@ class _Pieces:
             if inputs.where is not None:
                 target = jnp.where(inputs.where, target, 0)
         return _Piece(start, head, inputs, target, uniform)
+
+    def _picks_from(self, start: Array, fresh: Array) -> Array | None:
+        """Picks of a chunk, but for those that an earlier one has."""
+        if self._picks is None:
+            return None
+        return jnp.where(self._picks >= fresh, self._picks - start, -1)
 
 
 def _nothing(like: Partial) -> Partial:

@@ -115,6 +115,8 @@ class Inputs(NamedTuple):
         counted: examples that count, of shape `K`, or None for all.
         class_weights: of the logits' rank with batch axes of size 1, or None.
         scale: factor of the logits, a scalar or of the shape `K`, or None for one.
+        picks: ids of classes, as in `picks`, which are left out of the statistics of
+            the others; or None.
     """
 
     logits: Values
@@ -123,6 +125,7 @@ class Inputs(NamedTuple):
     counted: Mask | None = None
     class_weights: Values | None = None
     scale: Float[Array, "..."] | None = None
+    picks: Ids | None = None
 
 
 def accumulation_dtype(dtype: DType) -> Any:

@@ -11,7 +11,7 @@ from jaxlosses._elementary import (
     kept_per_example,
     one_minus_exp,
 )
-from jaxlosses._math import softcap
+from jaxlosses._math import picks, softcap
 from jaxlosses._math.classes import (
     Inputs,
     Mask,
@@ -38,6 +38,7 @@ class Cotangents(NamedTuple):
     nll: Values
     smooth: Values | None
     entropy: Values | None = None
+    picks: Values | None = None
 
 
 class Gradients(NamedTuple):
@@ -81,13 +82,15 @@ def pullback(
             zero even if it holds a NaN.
         uniform: given if the classes are a part of all; else computed.
     """
+    if inputs.picks is not None:
+        return _with_picks(spec, inputs, statistics, cotangents, linear, uniform)
     if not linear:
         silent = jnp.isnan(kept_per_example(statistics.nll))
         for g in cotangents:
             silent = silent if g is None else silent & (g == 0)
         inputs = inputs._replace(counted=both(inputs.counted, ~silent))
         statistics = counted_only(statistics, ~silent)
-    g_spread, g_nll, g_smooth, g_entropy = cotangents
+    g_spread, g_nll, g_smooth, g_entropy, _ = cotangents
     peak, spread, nll = statistics.peak, statistics.spread, statistics.nll
     present = both(inputs.where, inputs.counted)
 
@@ -153,6 +156,34 @@ def pullback(
         d_logits = softcap.slope(spec.softcap, logits) * d_logits
     d_logits = d_logits.astype(inputs.logits.dtype)
     return Gradients(d_logits, d_labels, d_class_weights, d_scale)
+
+
+def _with_picks(
+    spec: Spec,
+    inputs: Inputs,
+    statistics: Statistics,
+    cotangents: Cotangents,
+    linear: bool,
+    uniform: Uniform | None,
+) -> Gradients:
+    """The same of statistics of the rest, and of logits that are picked from it."""
+    none = statistics.spread == -jnp.inf
+    statistics = statistics._replace(spread=masked(~none, statistics.spread))
+    g_spread, g_picks = cotangents.spread, cotangents.picks
+    if g_spread is not None:
+        g_spread = masked(~none, g_spread)
+    d = pullback(
+        spec,
+        picks.rest_of(spec, inputs),
+        statistics,
+        cotangents._replace(spread=g_spread, picks=None),
+        linear=linear,
+        uniform=uniform,
+    )
+    if g_picks is None or inputs.picks is None:
+        return d
+    g_picks = masked(inputs.counted, g_picks)
+    return d._replace(logits=picks.add(spec, d.logits, inputs.picks, g_picks))
 
 
 def _of_targets(g: Values, log_p: Values, present: Mask | None, linear: bool) -> Values:

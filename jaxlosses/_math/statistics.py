@@ -59,6 +59,10 @@ class Statistics(NamedTuple):
     is taken for constant: the derivative of `lse = |scale| * cap(peak) + spread` is
     carried by `spread`. So it is with `depth`, which only the gradient of the entropy
     needs. Without labels `nll` is 0. Examples that do not count have zeros.
+
+    `picks` are logits of some classes, before cap and scale, with these along the class
+    axis; all else is then of the other classes, and `spread` is `-inf` where they have
+    no probability.
     """
 
     peak: Values
@@ -69,6 +73,7 @@ class Statistics(NamedTuple):
     entropy: Values | None = None
     depth: Values | None = None
     rank: Ids | None = None
+    picks: Values | None = None
 
 
 class Partial(NamedTuple):
