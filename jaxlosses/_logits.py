@@ -201,6 +201,7 @@ def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Array
         labels=logits if spec.dense else batch,
         where=logits,
         examples=batch,
+        ids=(),
         options=of_options(
             class_weights=(None,),
             weights=batch,
