@@ -110,7 +110,7 @@ def linear_softmax_kl_divergence(
         ...     reduction="mean",
         ... )
         >>> print(f"{loss:.4f}")
-        0.0987
+        0.0989
 
     Source:
         As of `softmax_kl_divergence`; Hsu et al. 2024, *Liger Kernel*
