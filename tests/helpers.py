@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import itertools
+import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -62,17 +64,17 @@ def sweep(cases: Iterable[Any], short: Callable[..., bool]) -> list[Any]:
     return parameters
 
 
-def turns(*axes: Iterable[Any]) -> list[Any]:
-    """All combinations, of which every second one waits for `make test-long`.
+def turns(*axes: Iterable[Any], of: int = 2) -> list[Any]:
+    """All combinations, of which all but one of so many wait for `make test-long`.
 
-    What is left has each value of an axis, with half of those of the others.
+    What is left has each value of an axis, with as large a part of those of the others.
     """
     lists = [list(axis) for axis in axes]
     places = itertools.product(*(range(len(values)) for values in lists))
     return [
         pytest.param(
             *(values[i] for values, i in zip(lists, place, strict=True)),
-            marks=pytest.mark.long if sum(place) % 2 else (),
+            marks=pytest.mark.long if sum(place) % of else (),
         )
         for place in places
     ]
@@ -169,6 +171,21 @@ def scale_terms(
 def assert_all_zero(*arrays: Any) -> None:
     for array in arrays:
         assert np.all(np.asarray(array) == 0), array
+
+
+# The page of recipes
+
+PAGE = pathlib.Path(__file__).parent.parent / "notebooks" / "which_loss.md"
+
+
+@functools.cache
+def page() -> dict[str, Any]:
+    """What its code defines."""
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), namespace)
+    return namespace
 
 
 # How JAX runs it

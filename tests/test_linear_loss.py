@@ -1,7 +1,5 @@
 """Any loss of the statistics of each example, and what its function may do."""
 
-import functools
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,28 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import STRATEGIES, sweep, turns
+from helpers import PAGE, STRATEGIES, page, sweep, turns
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_recipes import RECIPES
 
 import jaxlosses as jl
 
 pytestmark = pytest.mark.without_llvm_passes
 
-PAGE = pathlib.Path(__file__).parent.parent / "notebooks" / "which_loss.md"
 T, D, V = 26, 6, 33
 Args = tuple[Any, ...]
-
-
-@functools.cache
-def page() -> dict[str, Any]:
-    """What the code of the page defines."""
-    namespace: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), namespace)
-    return namespace
 
 
 class Problem:
@@ -160,7 +148,7 @@ def test_every_loss_of_the_page_is_tested() -> None:
     defined = {n for n, f in page().items() if getattr(f, "__module__", 0) is None}
     functions = re.findall(r"^def (\w+)\(", PAGE.read_text("utf-8"), re.MULTILINE)
     assert defined <= set(functions)
-    assert set(functions) - {"sums", "dpo", "gspo"} == set(TEXTBOOK)
+    assert set(functions) - {"sums", "dpo", "gspo"} == set(TEXTBOOK) | RECIPES
 
 
 def test_losses_of_sequences_are_those_of_the_textbook() -> None:
