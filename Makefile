@@ -4,13 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 BENCH_ARGS ?=
-NOTEBOOKS ?= digits language_model policy_gradient sharding
+NOTEBOOKS ?= digits distillation language_model policy_gradient sharding
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo language-model policy-gradient test test-long bench lint notebooks clean
+.PHONY: help demo distillation language-model policy-gradient test test-long bench lint notebooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ language-model: $(VENV)/.demo  ## Train a small language model; ARGS=--quick for
 
 policy-gradient: $(VENV)/.demo  ## Train a small policy by rewards; the same ARGS
 	$(BIN)/python notebooks/policy_gradient.py $(ARGS)
+
+distillation: $(VENV)/.demo  ## Train a small model by a larger one; the same ARGS
+	$(BIN)/python notebooks/distillation.py $(ARGS)
 
 test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
