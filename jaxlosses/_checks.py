@@ -27,6 +27,9 @@ _REDUCTIONS = ("none", "sum", "mean")
 _LAYOUTS = ("dv", "vd")
 _STRATEGIES = ("auto", "tokens", "recompute", "vocab", "dense")
 _DIRECTIONS = ("forward", "reverse", "jensen_shannon")
+# What labels are that have a number for every class.
+DISTRIBUTIONS = "labels that are distributions"
+TEACHERS = "divergences from a teacher"
 _RESTS = ("ignore", "bucket", "renormalize")
 _METRICS = ("entropy", "rank", "confidence", "label_logit")
 
@@ -118,8 +121,13 @@ def integer_labels(
     return x, ignored
 
 
-def _narrowed(x: Given, ignored: int | None) -> tuple[Any, int | None]:
-    """Labels that JAX would wrap to 32 bits; those that do not fit become invalid."""
+def _narrowed(
+    x: Given, ignored: int | None, unfit: int = -1, apart: int = -2
+) -> tuple[Any, int | None]:
+    """Labels that JAX would wrap to 32 bits; those that do not fit become invalid.
+
+    These become `unfit`, and what is ignored, if it does not fit, `apart`.
+    """
     wide = _as_numpy(x)
     if not isinstance(wide, np.ndarray | np.integer) or not wide.dtype.isnative:
         return x, ignored
@@ -129,10 +137,10 @@ def _narrowed(x: Given, ignored: int | None) -> tuple[Any, int | None]:
         return x, ignored
     most = np.iinfo(np.int32).max
     fits = (wide >= 0) & (wide <= most)
-    ids = np.where(fits, np.where(fits, wide, 0).astype(np.int32), np.int32(-1))
+    ids = np.where(fits, np.where(fits, wide, 0).astype(np.int32), np.int32(unfit))
     if ignored is None or 0 <= ignored <= most:
         return ids, ignored
-    return np.where(wide == ignored, np.int32(-2), ids), -2
+    return np.where(wide == ignored, np.int32(apart), ids), apart
 
 
 def _as_numpy(x: Given) -> Any:
@@ -398,26 +406,28 @@ def strategy(x: Given) -> Any:
 def suits(
     strategy: str,
     reduction: str,
-    dense: bool,
+    every_class: str | None,
     forward_mode: bool,
-    what: str = "labels that are distributions",
 ) -> None:
-    """A strategy that can do what is asked for."""
+    """A strategy that can do what is asked for.
+
+    Labels with a number for every class are named by what they are.
+    """
     if strategy in ("auto", "dense"):
         return
     _demand(
-        not dense or strategy != "vocab",
+        every_class is None or strategy != "vocab",
         ValueError,
         "strategy",
-        f'"vocab" with {what}',
+        f'"vocab" with {every_class}',
         '"tokens", "recompute", "dense" or "auto"',
         "What has a number for every class is cut with its examples.",
     )
     _demand(
-        not (dense and forward_mode),
+        every_class is None or not forward_mode,
         ValueError,
         "strategy",
-        f'"{strategy}" with {what} and forward_mode=True',
+        f'"{strategy}" with {every_class} and forward_mode=True',
         '"dense" or "auto"',
         "Their chunks have a rule for reverse mode alone.",
     )
@@ -687,10 +697,7 @@ def top_k_labels(
     ids: Given, probs: Given, batch: Shape, *, fused: bool = False
 ) -> tuple[Array, Array]:
     """Class ids, several per example, and how probable each is."""
-    # What JAX would wrap is narrowed: -1 pads, and what does not fit cannot be.
-    ids, pads = _narrowed(ids, -1)
-    if pads == -2:
-        ids = np.where(ids == -1, np.int32(-2), np.where(ids == -2, np.int32(-1), ids))
+    ids, _ = _narrowed(ids, -1, unfit=-2, apart=-1)  # -1 pads
     ids, probs = _array("ids", ids), _array("probs", probs)
     is_integer("ids", ids, fused=True)
     fix = "Give K class ids per example, with -1 for none, along a last axis."
@@ -716,15 +723,8 @@ def top_k_labels(
 
 def rest(x: Given) -> Any:
     """What becomes of classes that a label does not name."""
-    _demand(
-        isinstance(x, str) and x in _RESTS,
-        ValueError,
-        "rest",
-        repr(x),
-        f"one of {', '.join(map(repr, _RESTS))}",
-        '"bucket" takes all others for one more class, "renormalize" for none.',
-    )
-    return x
+    fix = '"bucket" takes all others for one more class, "renormalize" for none.'
+    return _one_of("rest", x, _RESTS, fix)
 
 
 def as_divergence(x: Given, rest: str) -> bool:
@@ -743,15 +743,8 @@ def as_divergence(x: Given, rest: str) -> bool:
 
 def direction(x: Given) -> Any:
     """Of a divergence."""
-    _demand(
-        isinstance(x, str) and x in _DIRECTIONS,
-        ValueError,
-        "direction",
-        repr(x),
-        f"one of {', '.join(map(repr, _DIRECTIONS))}",
-        '"forward" is KL(teacher || student), "reverse" KL(student || teacher).',
-    )
-    return x
+    fix = '"forward" is KL(teacher || student), "reverse" KL(student || teacher).'
+    return _one_of("direction", x, _DIRECTIONS, fix)
 
 
 def temperature(x: Given) -> Any:
@@ -762,9 +755,7 @@ def temperature(x: Given) -> Any:
     if _is_number(x):
         _demand(0 < x < math.inf, ValueError, "temperature", repr(x), expected, fix)
         return None if x == 1 else 1 / x
-    good = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype)
-    expected += ", or a traced scalar"
-    _demand(good, TypeError, "temperature", _describe(x), expected, fix)
+    _is_traced("temperature", x, expected, fix)
     x = jnp.asarray(x)
     return 1 / x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -777,10 +768,7 @@ def teacher_weight(x: Given) -> Any:
         fix = 'For one of the two divergences, pass direction="forward" or "reverse".'
         _demand(0 < x < 1, ValueError, "teacher_weight", repr(x), expected, fix)
         return x
-    good = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype)
-    expected += ", or a traced scalar"
-    fix = "Pass one number for all examples."
-    _demand(good, TypeError, "teacher_weight", _describe(x), expected, fix)
+    _is_traced("teacher_weight", x, expected)
     return x
 
 
@@ -1127,14 +1115,26 @@ def _scalar(
             f"{drop:g} switches it off.",
         )
         return None if x == drop else x
-    _demand(
-        isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype),
-        TypeError,
-        argument,
-        _describe(x),
-        f"{expected}, or a traced scalar",
-        "Pass one number for all examples.",
-    )
+    _is_traced(argument, x, expected)
+    return x
+
+
+def _is_traced(
+    argument: str,
+    x: Given,
+    expected: str,
+    fix: str = "Pass one number for all examples.",
+) -> None:
+    """A scalar, where it is not a Python number."""
+    good = isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 and _is_real(x.dtype)
+    expected += ", or a traced scalar"
+    _demand(good, TypeError, argument, _describe(x), expected, fix)
+
+
+def _one_of(argument: str, x: Given, names: tuple[str, ...], fix: str) -> Any:
+    known = isinstance(x, str) and x in names
+    expected = f"one of {', '.join(map(repr, names))}"
+    _demand(known, ValueError, argument, repr(x), expected, fix)
     return x
 
 

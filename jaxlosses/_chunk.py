@@ -4,14 +4,10 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool
 
-from jaxlosses import _options, _rules, _teacher, _top_k
 from jaxlosses._backends import head
 from jaxlosses._backends.head import Head, Labels, Matmul
-from jaxlosses._backends.logits import OnLogits
 from jaxlosses._combine import Example
-from jaxlosses._logits import plain_nll
-from jaxlosses._math.classes import Inputs, Spec
-from jaxlosses._math.statistics import Statistics
+from jaxlosses._logits import losses
 from jaxlosses._options import Static, Weighing
 from jaxlosses._rows import Given
 from jaxlosses._types import Tree
@@ -79,23 +75,8 @@ def loss_of_chunk(
             own = head.project(teacher_matmul, teacher)
         inputs = inputs._replace(labels=own)
     example = Example(labels.counted, of_each.label_weights, of_each.weights)
-    if static.divergence is not None:
-        part = for_all.part_of_teacher
-        loss, *beside = _teacher.losses(static, inputs, example, part)
-        return loss, beside
-    if static.top_k is not None:
-        loss, *beside = _top_k.losses(
-            static, inputs, for_all.weighing, example, _statistics
-        )
-        return loss, beside
-    found = _statistics(spec, inputs)
-    plain = plain_nll(static, inputs)
     given = Given(of_each.args, closed)
-    loss, *beside = _options.losses(
-        static, inputs, found, for_all.weighing, example, given, plain
+    loss, *beside = losses(
+        static, inputs, for_all.weighing, example, given, for_all.part_of_teacher
     )
     return loss, beside
-
-
-def _statistics(spec: Spec, inputs: Inputs) -> Statistics:
-    return _rules.statistics(OnLogits(spec), inputs)

@@ -7,23 +7,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Integer
 
 from jaxlosses import _checks, _combine, _options, _rules, _sharding, _top_k
 from jaxlosses._backends import head, plan, recompute, tokens
 from jaxlosses._backends.chunks import Plans
 from jaxlosses._backends.examples import Operands
-from jaxlosses._backends.head import Head, Labels, Matmul, Product, classes_of
+from jaxlosses._backends.head import (
+    Head,
+    Labels,
+    Layout,
+    Matmul,
+    Product,
+    classes_of,
+    matmul_of,
+)
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._backends.vocab import ByClasses
+from jaxlosses._checks import Given
 from jaxlosses._chunk import ForAll, OfEach, loss_of_chunk
 from jaxlosses._combine import Example, Losses
-from jaxlosses._logits import Arrays, loss_on_logits
+from jaxlosses._logits import Arrays, loss_on_logits, partitions_of, splits_of
 from jaxlosses._math.classes import Inputs, Spec, any_class, ids_of_classes
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
-from jaxlosses._rows import Given
 from jaxlosses._types import DType, Tree
 
 
@@ -74,6 +81,38 @@ class FusedArrays(NamedTuple):
     ids: Integer[Array, "*B K"] | None = None
 
 
+def fused_of(
+    on_logits: Static,
+    layout: Layout,
+    head: Head,
+    *,
+    strategy: Given,
+    workspace_bytes: Given,
+    compute_dtype: Given,
+    every_class: str | None = None,
+    teacher: Matmul | None = None,
+) -> Fused:
+    """How logits are formed and gone through, as the caller says it, checked.
+
+    Args:
+        on_logits: what the loss is of logits.
+        layout: of the kernel.
+        head: the factors of the logits.
+        strategy: how to go through them.
+        workspace_bytes: to hold at once.
+        compute_dtype: of the matmuls.
+        every_class: what labels are that have a number for each class, or None.
+        teacher: how the logits of a teacher are formed.
+    """
+    _checks.split_over("axis_name", on_logits.axis_name, "kernel", head.kernel)
+    _checks.split_over("batch_axis_name", on_logits.batch_axes, "hidden", head.hidden)
+    way = _checks.strategy(strategy)
+    _checks.suits(way, on_logits.reduction, every_class, on_logits.forward_mode)
+    workspace = _checks.workspace_bytes(workspace_bytes)
+    matmul = matmul_of(layout, head, _checks.compute_dtype(compute_dtype))
+    return Fused(on_logits, matmul, way, workspace, teacher)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def fused_loss(static: Fused, arrays: FusedArrays) -> Losses:
     """The loss, and what is wanted beside it."""
@@ -90,14 +129,12 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
     hidden, kernel, _ = arrays.head
     on_logits = static.on_logits
     batch = _sharding.split_of(hidden)[:-1]
-    over = tuple(name for entry in batch for name in _sharding.names(entry))
+    over = _sharding.every_name(batch)
     split = _sharding.names(_sharding.split_of(kernel)[static.matmul.layout == "dv"])
     split = tuple(name for name in split if name not in over)
     every = (split or None,)
-    closed = arrays.options.given.closed
-    _checks.closes_over_nothing(closed)
-    args = jax.tree.map(lambda _: batch, arrays.options.given.args)
-    of_head, of_options, filled = _sharding.of_splits(Head, Options, FusedArrays)
+    _checks.closes_over_nothing(arrays.options.given.closed)
+    of_head, filled = _sharding.of_splits(Head, FusedArrays)
 
     def of(matmul: Matmul | None) -> Tree:
         is_dv = matmul is not None and matmul.layout == "dv"
@@ -114,29 +151,13 @@ def _by_hand(static: Fused, arrays: FusedArrays, mesh: Mesh | AbstractMesh) -> L
         ids=(*batch, None),
         where=every if _is_shared(arrays.where) else (*batch, *every),
         examples=batch,
-        options=of_options(
-            class_weights=every,
-            weights=batch,
-            label_smoothing=(),
-            z_loss=(),
-            logit_scale=batch if arrays.options.scales_each else (),
-            normalizer=(),
-            teacher_weight=(),
-            given=Given(args),
-        ),
+        options=splits_of(arrays.options, batch, every),
     )
     # Inside a `shard_map` over other axes, the caller may have split the classes.
     batch_axes = (*on_logits.batch_axes, *over)
     part = on_logits.over((*on_logits.axis_name, *split), batch_axes)
     run = functools.partial(_run, dataclasses.replace(static, on_logits=part))
-    of_examples: Tree = P(*batch)
-    of_sum: Tree = P()
-    out_specs = Losses(
-        of_examples if on_logits.reduction == "none" else of_sum,
-        of_examples if on_logits.return_stats else None,
-        of_examples if on_logits.return_entropy else None,
-        of_examples if on_logits.function else None,
-    )
+    out_specs = partitions_of(on_logits, batch)
     return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
 

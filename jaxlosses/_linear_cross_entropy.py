@@ -4,10 +4,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from jaxlosses import _checks, _options
-from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
+from jaxlosses._backends.head import Head, Layout, classes_of
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Metric, Reduction, Result
-from jaxlosses._linear import Fused, FusedArrays, fused_loss
+from jaxlosses._linear import FusedArrays, fused_loss, fused_of
 
 
 @_checks.names_forward_mode
@@ -188,13 +188,14 @@ def linear_softmax_cross_entropy(
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
-    _checks.split_over("axis_name", static.axis_name, "kernel", kernel)
-    _checks.split_over("batch_axis_name", static.batch_axes, "hidden", hidden)
-    asked = _checks.strategy(strategy)
-    _checks.suits(asked, static.reduction, dense, static.forward_mode)
-    workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
-    dtype = _checks.compute_dtype(compute_dtype)
-    matmul = matmul_of(kernel_layout, head, dtype)
-    fused = Fused(static, matmul, asked, workspace)
+    fused = fused_of(
+        static,
+        kernel_layout,
+        head,
+        strategy=strategy,
+        workspace_bytes=workspace_bytes,
+        compute_dtype=compute_dtype,
+        every_class=_checks.DISTRIBUTIONS if dense else None,
+    )
     return fused_loss(fused, FusedArrays(head, labels, *masks, options)).result()

@@ -8,7 +8,7 @@ from jaxlosses import _checks, _options
 from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Reduction
-from jaxlosses._linear import Fused, FusedArrays, fused_loss
+from jaxlosses._linear import FusedArrays, fused_loss, fused_of
 from jaxlosses._math.divergence import Direction
 from jaxlosses._types import Tree
 
@@ -155,16 +155,17 @@ def linear_softmax_kl_divergence(
         batch_axis_name=batch_axis_name,
         forward_mode=forward_mode,
     )
-    _checks.split_over("axis_name", static.axis_name, "kernel", kernel)
-    _checks.split_over("batch_axis_name", static.batch_axes, "hidden", hidden)
-    asked = _checks.strategy(strategy)
-    _checks.suits(
-        asked, static.reduction, True, static.forward_mode, "divergences from a teacher"
-    )
-    workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
-    matmul = matmul_of(kernel_layout, head, dtype)
-    fused = Fused(static, matmul, asked, workspace, teacher_matmul)
+    fused = fused_of(
+        static,
+        kernel_layout,
+        head,
+        strategy=strategy,
+        workspace_bytes=workspace_bytes,
+        compute_dtype=compute_dtype,
+        every_class=_checks.TEACHERS,
+        teacher=teacher_matmul,
+    )
     return fused_loss(fused, FusedArrays(head, labels, *masks, options, teacher)).loss
 
 

@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from jaxlosses import _checks, _options, _rows
-from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
+from jaxlosses._backends.head import Head, Layout, classes_of
 from jaxlosses._backends.plan import Strategy
-from jaxlosses._linear import Fused, FusedArrays, fused_loss
+from jaxlosses._linear import FusedArrays, fused_loss, fused_of
 from jaxlosses._rows import Function
 from jaxlosses._types import Tree
 
@@ -146,20 +146,21 @@ def linear_softmax_loss(
         batch_axis_name=batch_axis_name,
         forward_mode=forward_mode,
     )
-    _checks.split_over("axis_name", static.axis_name, "kernel", kernel)
-    _checks.split_over("batch_axis_name", static.batch_axes, "hidden", hidden)
-    asked = _checks.strategy(strategy)
-    _checks.suits(asked, static.reduction, False, static.forward_mode)
-    workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
-    matmul = matmul_of(kernel_layout, head, _checks.compute_dtype(compute_dtype))
     args = _checks.function_args(args, batch)
-    given = _rows.given_to(function, args, batch, matmul.accumulation, uses_entropy)
     spec = dataclasses.replace(static.spec, lse=True)
     static = dataclasses.replace(
         static, spec=spec, return_entropy=False, function=function
     )
-    fused = Fused(static, matmul, asked, workspace)
+    fused = fused_of(
+        static,
+        kernel_layout,
+        head,
+        strategy=strategy,
+        workspace_bytes=workspace_bytes,
+        compute_dtype=compute_dtype,
+    )
+    given = _rows.given_to(function, args, batch, fused.dtype, uses_entropy)
     arrays = FusedArrays(head, labels, *masks, options._replace(given=given))
     out = fused_loss(fused, arrays)
     return out.loss if out.aux is None else (out.loss, out.aux)

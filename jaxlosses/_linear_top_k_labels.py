@@ -4,10 +4,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from jaxlosses import _checks, _options
-from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
+from jaxlosses._backends.head import Head, Layout, classes_of
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Metric, Reduction, Result
-from jaxlosses._linear import Fused, FusedArrays, fused_loss
+from jaxlosses._linear import FusedArrays, fused_loss, fused_of
 from jaxlosses._math.top_k import Rest
 
 
@@ -116,14 +116,15 @@ def linear_softmax_cross_entropy_with_top_k_labels(
         forward_mode=forward_mode,
         return_stats=return_stats,
     )
-    _checks.split_over("axis_name", static.axis_name, "kernel", kernel)
-    _checks.split_over("batch_axis_name", static.batch_axes, "hidden", hidden)
-    asked = _checks.strategy(strategy)
-    _checks.suits(asked, static.reduction, False, static.forward_mode)
-    workspace = _checks.workspace_bytes(workspace_bytes)
     head = Head(hidden, kernel, _checks.bias(bias, classes))
-    matmul = matmul_of(kernel_layout, head, _checks.compute_dtype(compute_dtype))
-    fused = Fused(static, matmul, asked, workspace)
+    fused = fused_of(
+        static,
+        kernel_layout,
+        head,
+        strategy=strategy,
+        workspace_bytes=workspace_bytes,
+        compute_dtype=compute_dtype,
+    )
     return fused_loss(
         fused, FusedArrays(head, probs, *masks, options, ids=ids)
     ).result()

@@ -23,6 +23,7 @@ from jaxlosses._math.classes import (
 )
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
+from jaxlosses._rows import Given
 from jaxlosses._types import DType, Tree
 
 
@@ -63,39 +64,53 @@ def _loss(static: Static, arrays: Arrays) -> Losses:
     options, dtype = arrays.options, accumulation_dtype(arrays.logits.dtype)
     inputs, example = _inputs(static, arrays, dtype)
     coefficients = options.coefficients(dtype)
-    if static.divergence is not None:
-        out = _teacher.losses(static, inputs, example, options.part_of_teacher(dtype))
-        masses = _options.masses_of(static, options, coefficients, example, out.loss)
-        return _options.reduced(static, out, masses)
-    if static.top_k is not None:
-        like = jnp.zeros(_checks.batch_shape(arrays.logits.shape, spec.axes), dtype)
-        masses = _options.masses_of(static, options, coefficients, example, like)
-        weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
-
-        def of(spec: Spec, inputs: Inputs) -> Statistics:
-            return _statistics(spec, inputs, static.forward_mode)
-
-        out = _top_k.losses(static, inputs, weighing, example, of)
-        return _options.reduced(static, out, masses)
-    if static.forward_mode and example.weights is not None:
+    like = jnp.zeros(_checks.batch_shape(arrays.logits.shape, spec.axes), dtype)
+    masses = _options.masses_of(static, options, coefficients, example, like)
+    weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
+    of_labels = static.divergence is None and static.top_k is None
+    if static.forward_mode and of_labels and example.weights is not None:
         # A forward rule is linear in what reaches it: it cannot let a NaN pass where
         # an example counts and stop it where one does not.
         tried = _statistics(spec, lax.stop_gradient(inputs))
         fine = jnp.isfinite(tried.nll) & jnp.isfinite(tried.spread)
         on = fine | jnp.expand_dims(example.weights != 0, spec.axes)
         inputs = inputs._replace(counted=both(inputs.counted, on))
-    found = _statistics(spec, inputs, static.forward_mode)
-    plain = plain_nll(static, inputs)
-    like = jnp.squeeze(found.nll, spec.axes)
-    masses = _options.masses_of(static, options, coefficients, example, like)
-    weighing = Weighing(coefficients, _combine.for_mean(coefficients, masses))
-    out = _options.losses(
-        static, inputs, found, weighing, example, options.given, plain
-    )
+    part = options.part_of_teacher(dtype)
+    out = losses(static, inputs, weighing, example, options.given, part)
     return _options.reduced(static, out, masses)
 
 
-def plain_nll(static: Static, inputs: Inputs) -> Values | None:
+def losses(
+    static: Static,
+    inputs: Inputs,
+    weighing: Weighing,
+    example: Example,
+    given: Given,
+    part_of_teacher: Array | None,
+) -> Losses:
+    """The loss of each example, and what is beside it.
+
+    Args:
+        static: which.
+        inputs: logits and labels.
+        weighing: the terms of a loss.
+        example: what else is known of each example.
+        given: the other arguments of a function of the caller.
+        part_of_teacher: in the mixture of a divergence.
+    """
+    if static.divergence is not None:
+        return _teacher.losses(static, inputs, example, part_of_teacher)
+
+    def of(spec: Spec, inputs: Inputs) -> Statistics:
+        return _statistics(spec, inputs, static.forward_mode)
+
+    if static.top_k is not None:
+        return _top_k.losses(static, inputs, weighing, example, of)
+    found, plain = of(static.spec, inputs), _plain_nll(static, inputs)
+    return _options.losses(static, inputs, found, weighing, example, given, plain)
+
+
+def _plain_nll(static: Static, inputs: Inputs) -> Values | None:
     """For metrics, `nll` without class weights, where they are in the loss."""
     if not (static.return_stats and static.spec.dense):
         return None
@@ -160,33 +175,22 @@ def _counted(static: Static, arrays: Arrays) -> Bool[Array, "..."] | None:
 
 def _by_hand(static: Static, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Losses:
     """On a mesh of explicit axes, inside a `shard_map`, which looks up ids."""
-    *batch, classes = _sharding.split_of(arrays.logits)
-    over = tuple(name for entry in batch for name in _sharding.names(entry))
-    split = _sharding.names(classes)
-    of_options, filled = _sharding.of_splits(Options, Arrays)
+    logits = _sharding.split_of(arrays.logits)
+    batch, classes = logits[:-1], logits[-1]
+    (filled,) = _sharding.of_splits(Arrays)
     splits = filled(
-        logits=(*batch, classes),
+        logits=logits,
         labels=(*batch, None),
         ids=(*batch, None),
-        where=(*batch, classes),
-        examples=tuple(batch),
-        options=of_options(
-            class_weights=(),
-            weights=tuple(batch),
-            label_smoothing=(),
-            z_loss=(),
-            logit_scale=tuple(batch) if arrays.options.scales_each else (),
-            normalizer=(),
-            teacher_weight=(),
-        ),
+        where=logits,
+        examples=batch,
+        options=splits_of(arrays.options, batch, ()),
     )
-    part = static.over((*static.axis_name, *split), (*static.batch_axes, *over))
-    of_examples: Tree = P(*batch)
-    of_sum: Tree = P()
-    out_specs = Losses(
-        of_examples if static.reduction == "none" else of_sum,
-        of_examples if static.return_stats else None,
+    part = static.over(
+        (*static.axis_name, *_sharding.names(classes)),
+        (*static.batch_axes, *_sharding.every_name(batch)),
     )
+    out_specs = partitions_of(static, batch)
     run = functools.partial(_loss, part)
     return _sharding.by_hand(run, mesh, arrays, splits, out_specs)
 
@@ -195,24 +199,45 @@ def _split_alike(spec: Spec, arrays: Arrays, mesh: Mesh | AbstractMesh) -> Array
     """On a mesh of explicit axes: what belongs to the logits, split as they are."""
     logits = _sharding.split_of(arrays.logits)
     batch = tuple(a for i, a in enumerate(logits) if i not in spec.axes)
-    of_options, filled = _sharding.of_splits(Options, Arrays)
+    (filled,) = _sharding.of_splits(Arrays)
     splits = filled(
         logits=logits,
         labels=logits if spec.dense else batch,
         where=logits,
         examples=batch,
         ids=(),
-        options=of_options(
-            class_weights=(None,),
-            weights=batch,
-            label_smoothing=(),
-            z_loss=(),
-            logit_scale=batch if arrays.options.scales_each else (),
-            normalizer=(),
-            teacher_weight=(),
-        ),
+        options=splits_of(arrays.options, batch, (None,)),
     )
     return _sharding.reshard(mesh, arrays, splits)
+
+
+def splits_of(
+    options: Options, batch: _sharding.Split, classes: _sharding.Split
+) -> Tree:
+    """How what the caller asked for is split where examples and classes are."""
+    (of_options,) = _sharding.of_splits(Options)
+    return of_options(
+        class_weights=classes,
+        weights=batch,
+        label_smoothing=(),
+        z_loss=(),
+        logit_scale=batch if options.scales_each else (),
+        normalizer=(),
+        teacher_weight=(),
+        given=Given(jax.tree.map(lambda _: batch, options.given.args)),
+    )
+
+
+def partitions_of(static: Static, batch: _sharding.Split) -> Losses:
+    """Those of losses whose examples are split."""
+    of_examples: Tree = P(*batch)
+    of_sum: Tree = P()
+    return Losses(
+        of_examples if static.reduction == "none" else of_sum,
+        of_examples if static.return_stats else None,
+        of_examples if static.return_entropy else None,
+        of_examples if static.function else None,
+    )
 
 
 def _along_classes(

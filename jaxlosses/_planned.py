@@ -99,7 +99,8 @@ def plan(
         The strategies of `linear_softmax_cross_entropy`.
     """
     asked = _checks.strategy(strategy)
-    _checks.suits(asked, _checks.reduction(reduction), distributions, forward_mode)
+    every_class = _checks.DISTRIBUTIONS if distributions else None
+    _checks.suits(asked, _checks.reduction(reduction), every_class, forward_mode)
     on = _checks.platform(platform, tuple(_PLATFORMS)) or default_platform()
     head = Head(_shape_of(hidden), _shape_of(kernel), None)
     layout = _checks.kernel_layout(kernel_layout)

@@ -47,6 +47,11 @@ def names(entry: Tree) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
+def every_name(split: Split) -> tuple[str, ...]:
+    """Mesh axes of all entries of a split."""
+    return tuple(name for entry in split for name in names(entry))
+
+
 def split_like(x: Tree, like: Tree) -> Tree:
     """An array, split as another one of its rank is."""
     mesh = explicit_mesh(like)

@@ -39,14 +39,11 @@ def class_ids(
     spec: Spec, shape: Shape, ids: Integer[Array, "*B K"]
 ) -> Integer[Array, "*B K"]:
     """The ids as int32, with -1 for what pads and -2 for one that is no class."""
-    if jnp.iinfo(ids.dtype).bits < 32:
-        ids = ids.astype(jnp.int32)
     pads = jnp.zeros(ids.shape, bool)
     if jnp.issubdtype(ids.dtype, jnp.signedinteger):
         pads = ids == -1
-    valid = (ids >= 0) & (ids < count_of(spec, shape))
-    known = jnp.where(valid, ids, jnp.zeros_like(ids)).astype(jnp.int32)
-    return jnp.where(valid, known, jnp.where(pads, -1, _INVALID))
+    found = _options.class_ids(spec, shape, ids)
+    return jnp.where((found < 0) & ~pads, _INVALID, found)
 
 
 def losses(
