@@ -20,17 +20,20 @@ Loss = Callable[..., Any]
 STRATEGIES = ("tokens", "recompute", "vocab", "dense")
 
 
-def fused(strategy: str, function: Loss = jl.linear_softmax_cross_entropy) -> Loss:
+def fused(
+    strategy: str,
+    function: Loss = jl.linear_softmax_cross_entropy,
+    workspace_bytes: int = 64,
+) -> Loss:
     """A fused function as one of logits: of an identity for a kernel.
 
     A product with the identity is exact. There are several chunks.
     """
 
-    def loss(logits: Any, labels: Any, **options: Any) -> Any:
+    def loss(logits: Any, *labels: Any, **options: Any) -> Any:
         kernel = jnp.eye(np.shape(logits)[-1], dtype=jnp.float32)
-        return function(
-            logits, kernel, labels, strategy=strategy, workspace_bytes=64, **options
-        )
+        how = {"strategy": strategy, "workspace_bytes": workspace_bytes}
+        return function(logits, kernel, *labels, **how, **options)
 
     return loss
 
