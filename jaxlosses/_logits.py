@@ -60,6 +60,7 @@ def loss_on_logits(static: Static, arrays: Arrays) -> Losses:
 
 
 def _loss(static: Static, arrays: Arrays) -> Losses:
+    """The same of arrays of which no explicit axis has a part unlike another."""
     spec = static.spec
     options, dtype = arrays.options, accumulation_dtype(arrays.logits.dtype)
     inputs, example = _inputs(static, arrays, dtype)

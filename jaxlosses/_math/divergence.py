@@ -308,7 +308,8 @@ def _pair_of(rule: Rule, teacher: Values, student: Values) -> Pair:
     """A logit of the teacher minus one of the student, after their caps.
 
     XLA takes `(x + c) - c` for `x` where `c` is a constant of the program, as a teacher
-    may be, and what a sum loses would be lost: each is made to depend on the other.
+    may be, and what a sum loses would be lost: each is made to depend on the other
+    (benchmarks/NOTES.md, "A logit less a logit, where one is a constant").
     """
     teacher, student = (
         jnp.where(jnp.isnan(student), jnp.nan, teacher),
