@@ -25,22 +25,21 @@
 # - The step needs less memory.
 #
 # The text is the source of Python's standard library, which every machine that runs
-# this has. The last section uses the same function for a contrastive loss.
+# this has; [corpus.py](corpus.py) reads it. The last section uses the same function
+# for a contrastive loss.
 
 # %%
-import math
 import sys
-import sysconfig
-import zlib
 from pathlib import Path
 
+import corpus
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from corpus import IGNORED
 from flax import nnx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformer import Transformer
 
@@ -63,26 +62,7 @@ COMPARED_STEPS = 20
 # training set gives away another.
 
 # %%
-LEFT_OUT = {"dist-packages", "site-packages", "encodings"}
-if QUICK:
-    LEFT_OUT |= {"idle_test", "test", "tests"}
-
-library = Path(sysconfig.get_path("stdlib"))
-train_texts, test_texts = [], []
-for path in sorted(library.rglob("*.py")):
-    if not LEFT_OUT.isdisjoint(path.relative_to(library).parts):
-        continue
-    content = path.read_bytes()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:  # a test of another encoding
-        continue
-    remainder = zlib.crc32(content) % 64
-    if remainder < 2:
-        test_texts.append(text)
-    elif not QUICK or remainder < 20:
-        train_texts.append(text)
-
+train_texts, test_texts = corpus.read(QUICK)
 for name, texts in {"train": train_texts, "held out": test_texts}.items():
     size = sum(len(text.encode()) for text in texts)
     print(f"{name:>8}: {len(texts):4d} files, {size / 1e6:5.2f} MB")
@@ -96,22 +76,7 @@ for name, texts in {"train": train_texts, "held out": test_texts}.items():
 # back exactly.
 
 # %%
-END = "<end of file>"
-
-tokenizer = Tokenizer(models.BPE())
-tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-tokenizer.decoder = decoders.ByteLevel()
-tokenizer.train_from_iterator(
-    train_texts,
-    trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    ),
-)
-assert tokenizer.get_vocab_size() == VOCABULARY
-
+tokenizer = corpus.new_tokenizer(train_texts, VOCABULARY)
 example = "def __init__(self, *args, **kwargs):"
 encoded = tokenizer.encode(example)
 print(" | ".join(tokenizer.decode([token]) for token in encoded.ids))
@@ -128,34 +93,16 @@ assert tokenizer.decode(encoded.ids) == example
 # alphabet each character of a token stands for one byte.
 
 # %%
-end = tokenizer.token_to_id(END)
-IGNORED = -100
-
-bytes_of_token = np.array(
-    [len(tokenizer.id_to_token(token)) for token in range(VOCABULARY)]
-)
-bytes_of_token[end] = 0
-
-
-def windows(texts):
-    """Inputs and labels of shape (windows, CONTEXT)."""
-    inputs, labels = [], []
-    for encoded in tokenizer.encode_batch(texts):
-        tokens = np.array([end, *encoded.ids, end], np.int32)
-        padding = -(len(tokens) - 1) % CONTEXT
-        inputs.append(np.pad(tokens[:-1], (0, padding), constant_values=end))
-        labels.append(np.pad(tokens[1:], (0, padding), constant_values=IGNORED))
-    shape = (-1, CONTEXT)
-    return np.concatenate(inputs).reshape(shape), np.concatenate(labels).reshape(shape)
+bytes_of_token = corpus.bytes_of_tokens(tokenizer)
 
 
 def bits_per_byte(nats, labels):
     """Of labels whose losses sum to `nats`."""
-    return nats / math.log(2) / bytes_of_token[labels[labels != IGNORED]].sum()
+    return corpus.bits_per_byte(nats, labels, bytes_of_token)
 
 
-train_inputs, train_labels = windows(train_texts)
-test_inputs, test_labels = windows(test_texts)
+train_inputs, train_labels = corpus.windows(tokenizer, train_texts, CONTEXT)
+test_inputs, test_labels = corpus.windows(tokenizer, test_texts, CONTEXT)
 counted = test_labels[test_labels != IGNORED]
 assert bytes_of_token[counted].sum() == sum(len(text.encode()) for text in test_texts)
 
@@ -268,11 +215,12 @@ train_steps = {
 }
 
 
+batches = corpus.Batches(len(train_labels), BATCH)
+
+
 def batch(step):
-    """The windows of a step, each seen once before any is seen twice."""
-    epoch, step = divmod(step, len(train_labels) // BATCH)
-    order = np.random.default_rng(epoch).permutation(len(train_labels))
-    chosen = order[step * BATCH :][:BATCH]
+    """The windows of a step."""
+    chosen = batches[step]
     return train_inputs[chosen], train_labels[chosen]
 
 
