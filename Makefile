@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 BENCH_ARGS ?=
-NOTEBOOKS ?= digits distillation language_model policy_gradient sharding
+NOTEBOOKS ?= logits one_function digits classifiers language_model policy_gradient \
+  distillation sharding your_own
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo distillation language-model policy-gradient test test-long bench lint notebooks clean
+.PHONY: help demo distillation language-model policy-gradient quick test test-long \
+  bench lint notebooks docs docs-test clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +28,11 @@ policy-gradient: $(VENV)/.demo  ## Train a small policy by rewards; the same ARG
 
 distillation: $(VENV)/.demo  ## Train a small model by a larger one; the same ARGS
 	$(BIN)/python notebooks/distillation.py $(ARGS)
+
+quick: $(VENV)/.demo  ## Run every notebook as a script, in a few minutes
+	cd notebooks && for name in $(NOTEBOOKS); do \
+	  echo "== $$name" && MPLBACKEND=agg ../$(BIN)/python $$name.py --quick || exit 1; \
+	done
 
 test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -50,8 +57,14 @@ notebooks: $(VENV)/.notebooks  ## Execute the notebooks from their .py sources
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams \
 	  $(NOTEBOOKS:%=notebooks/%.ipynb)
 
+docs: $(VENV)/.docs  ## Build the site from the notebooks: build/site/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -c notebooks . build/site
+
+docs-test: docs  ## Follow its links and, where there is a browser, look at its pages
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m site tests/test_site.py
+
 clean:  ## Remove the environment and everything that was generated
-	rm -rf $(VENV) build dist notebooks/figures
+	rm -rf $(VENV) build dist notebooks/figures notebooks/generated
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -50,16 +50,16 @@ from transformer import Transformer
 import jaxlosses as jl
 
 QUICK = "--quick" in sys.argv[1:]
-VOCABULARY = 1024 if QUICK else 8192
+VOCABULARY = 1024 if QUICK else 4096
 CONTEXT = 64 if QUICK else 256
 BATCH = 4
 K = 16
 TEACHER = {"layers": 2, "width": 64, "heads": 2}
 STUDENT = {"layers": 1, "width": 32, "heads": 1}
 if not QUICK:
-    TEACHER = {"layers": 4, "width": 192, "heads": 6}
+    TEACHER = {"layers": 3, "width": 160, "heads": 5}
     STUDENT = {"layers": 2, "width": 64, "heads": 2}
-TEACHER_STEPS, STEPS = (100, 50) if QUICK else (300, 200)
+TEACHER_STEPS, STEPS = (100, 50) if QUICK else (250, 160)
 
 train_texts, test_texts = corpus.read(QUICK)
 tokenizer = corpus.new_tokenizer(train_texts, VOCABULARY)
@@ -77,7 +77,7 @@ print(f"evaluate {np.sum(test_labels != IGNORED):8d} tokens")
 # %% [markdown]
 # ## The teacher
 #
-# The teacher has three times the student's width and twice its layers. It learns from
+# The teacher has more than twice the width of the student. It learns from
 # the text, by the loss that [language_model.ipynb](language_model.ipynb) is about.
 
 
