@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _leave_every_second(items)
+    _leave_others(items)
 
     def place(item: pytest.Item) -> int:
         # The first tests of all go to one worker, which makes what they share once.
@@ -57,17 +57,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def _leave_every_second(items: list[pytest.Item]) -> None:
-    """Of a test marked `alternate`, half of the cases wait for `make test-long`.
+def _leave_others(items: list[pytest.Item]) -> None:
+    """Of a test marked `alternate(n)`, one case of so many stays, of two by default.
 
-    Not the odd ones, of which an inner parameter of two values may have one only.
+    Not each n-th one: an inner parameter of n values would then have one value only.
+    The sum of digits to the base n takes them in turns.
     """
     seen: collections.Counter[str] = collections.Counter()
     for item in items:
-        if item.get_closest_marker("long") or not item.get_closest_marker("alternate"):
+        marker = item.get_closest_marker("alternate")
+        if item.get_closest_marker("long") or marker is None:
             continue
+        (of,) = marker.args or (2,)
         name = item.nodeid.partition("[")[0]
-        if seen[name].bit_count() % 2:
+        place, digits = seen[name], 0
+        while place:
+            place, digit = divmod(place, of)
+            digits += digit
+        if digits % of:
             item.add_marker(pytest.mark.long)
         seen[name] += 1
 

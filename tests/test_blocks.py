@@ -37,7 +37,7 @@ def make_inputs(batch: tuple[int, ...], where: str) -> Inputs:
     )
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(10)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("batch", "rows", "where"),
@@ -85,6 +85,7 @@ def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
         np.testing.assert_allclose(got.nll[:, 0], want, rtol=4e-6)
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize(
     ("num_classes", "dtype"),
     [
@@ -195,6 +196,7 @@ def test_what_a_sample_cannot_serve_is_told() -> None:
     np.testing.assert_array_equal(safe, [False] * 7 + [True] * 2)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("num_classes", [1000, 1024])
 @pytest.mark.parametrize("outlier", [40.0, 3e38, -3e38, np.inf, np.nan])
 def test_one_row_that_no_sample_serves_spoils_none(
@@ -260,7 +262,7 @@ def example_inputs(rng: np.random.Generator, batch: tuple[int, ...]) -> dict[str
     }
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("batch", "mapped", "equal", "blocked"),
@@ -353,6 +355,7 @@ def test_rows_are_not_blocked_where_they_may_be_sharded() -> None:
     assert loops(loss_fn, logits, labels) == 0
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("labels_differ", [True, False])
 def test_rows_are_blocked_inside_shard_map(labels_differ: bool, dtype: Any) -> None:

@@ -238,7 +238,7 @@ CONFIDENT += [
 TURNS = [("float64", "dense"), ("bfloat16", "integer")]
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(16)
 @pytest.mark.parametrize(
     ("dtype", "classes", "option", "kind"),
     sweep(
@@ -258,6 +258,7 @@ def test_every_digit_is_right_up_to_80_nats(
     check_confident(kind, classes, option, dtype)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("option", "kind"),
     turns(["none", "z_loss", "all", "smoothed class_weights"], KINDS),
@@ -321,6 +322,7 @@ def test_every_digit_is_right_in_blocks_of_rows(
     check(logits, labels, dtype=dtype, local=True, **options)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("kind", "classes", "option"),
     sweep(
@@ -390,7 +392,7 @@ def test_options_act_together_in_every_dtype_and_registration(
     check(logits, labels, dtype=dtype, forward_mode=True, **options)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("case", "kind"),
     turns(
@@ -473,6 +475,7 @@ def test_loss_and_gradient_are_right_where_float32_has_no_digits_left() -> None:
     np.testing.assert_allclose(gradient[:, 1], np.exp(-margin), rtol=1e-5)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("dtype", "kind"), turns(DTYPES, KINDS))
 def test_loss_of_one_class_is_zero_with_gradient_zero(kind: str, dtype: str) -> None:
     logits = np.array([[0.0], [-3.0], [1e4]])
@@ -515,7 +518,7 @@ def small(
     return logits, rng.integers(classes, size=batch, dtype=np.int32)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("kind", "weighted", "smoothing", "ignored", "reduction"),
     # One reduction each, in turns.
@@ -570,6 +573,7 @@ def pytorch_cross_entropy(
     return sum(losses) / (sum(denominators) if reduction == "mean" else 1)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("reduction", "kind"), turns(REDUCTIONS, reversed(KINDS)))
 def test_example_weights_enter_every_reduction(kind: str, reduction: str) -> None:
     logits, labels = small(kind)
@@ -619,7 +623,7 @@ SHAPE = (2, 3, 4)
 AXES: list[Any] = [-1, 1, -3, (0, 2), (2, 0), (-1, 1), (0, 1, 2), (2, 1, 0), None]
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(("axis", "kind"), turns(AXES, KINDS), ids=str)
 def test_classes_are_the_flattened_axes_in_the_order_given(
     kind: str, axis: Any
@@ -643,6 +647,7 @@ def test_classes_are_the_flattened_axes_in_the_order_given(
     check(logits, labels, **options, where=where, reduction="sum")
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("shape", "kind"),
     turns([(2, 3, 4), (1, 1, 4), (2, 1, 4), (1, 3, 1), (2, 3)], KINDS),
@@ -675,6 +680,7 @@ def valid_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(found, ids, mask.argmax(-1)).astype(ids.dtype)
 
 
+@pytest.mark.alternate
 @both_kinds
 @pytest.mark.parametrize("axis", [0, (2, 0), (0, 2)], ids=str)
 def test_mask_of_the_batch_masks_examples_for_any_axis(kind: str, axis: Any) -> None:
@@ -795,6 +801,7 @@ by_options = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("dtype", "classes", "label"), BAD_LABELS)
 def test_a_label_that_is_no_class_is_nan_in_loss_and_in_its_whole_gradient_row(
     dtype: str, classes: int, label: int
@@ -822,6 +829,7 @@ SMOOTH = {k: v for k, v in EVERYTHING.items() if k != "class_weights"}
 OF_CLASSES = {"class_weights": EVERYTHING["class_weights"]}
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("label", [-1, 5, 3], ids=["negative", "V", "masked"])
 @pytest.mark.parametrize(
     ("options", "forward_mode"),
@@ -864,6 +872,7 @@ def test_labels_of_8_bits_name_classes_below_256_of_300() -> None:
     assert np.all(np.isfinite(loss))
 
 
+@pytest.mark.alternate
 @by_options
 @pytest.mark.parametrize(
     ("ignored", "forward_mode"),
@@ -1141,6 +1150,7 @@ def test_mean_of_nothing_but_bad_examples_is_nan() -> None:
     assert np.isnan(loss)
 
 
+@pytest.mark.alternate
 @both_kinds
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_example_is_no_loss_and_a_mean_of_zero(kind: str, dtype: str) -> None:
@@ -1187,6 +1197,7 @@ def exact_stats(
     return lse, nll, z.argmax(-1)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("dtype", "kind"), turns(DTYPES, KINDS))
 def test_stats_are_metrics_before_smoothing_and_weights(kind: str, dtype: str) -> None:
     logits, ids = small("integer", (6, 5))
@@ -1270,6 +1281,7 @@ def test_an_invalid_label_is_not_correct_and_its_nll_is_nan() -> None:
     np.testing.assert_array_equal(np.isnan(stats.nll), [True, False])
 
 
+@pytest.mark.alternate
 @both_kinds
 @pytest.mark.parametrize("axis", [1, (0, 2), (2, 0)], ids=str)
 def test_prediction_is_the_flattened_class(kind: str, axis: Any) -> None:
@@ -1313,6 +1325,7 @@ def test_every_dtype_of_the_table_has_a_reason() -> None:
     assert all(row.why.endswith(".") for row in TABLE.values())
 
 
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize(
     ("classes", "dtype", "local", "kind"),
     turns([10, 100, 1003], ["float32", "bfloat16"], [False, True], KINDS),

@@ -61,7 +61,7 @@ def on_eight_devices(run: Callable[..., Any]) -> Callable[..., Any]:
     return jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P())
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(8)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_mean_over_devices_is_the_mean_of_one_call(name: str, options: str) -> None:
@@ -81,6 +81,7 @@ def test_a_mean_over_devices_is_the_mean_of_one_call(name: str, options: str) ->
     assert_exact(problem, *jax.jit(inside)(*arguments))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_sum_over_devices_is_the_sum_of_one_call(name: str) -> None:
     problem = Problem(name, {})
@@ -95,6 +96,7 @@ def test_a_sum_over_devices_is_the_sum_of_one_call(name: str) -> None:
     np.testing.assert_allclose(value, exact, rtol=3e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", LOSSES)
 def test_means_of_steps_add_up_to_the_mean_of_all(name: str) -> None:
     problem = Problem(name, {"z_loss": 0.1})
@@ -113,7 +115,7 @@ def test_means_of_steps_add_up_to_the_mean_of_all(name: str) -> None:
     assert_exact(problem, sum(values), np.concatenate(gradients))
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_given_denominator_divides_all_and_zero_gives_zero(name: str) -> None:
     problem = Problem(name, OPTIONS["all"])
@@ -128,6 +130,7 @@ def test_a_given_denominator_divides_all_and_zero_gives_zero(name: str) -> None:
         np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "dense"])
 def test_statistics_have_the_weight_of_each_example(name: str) -> None:
     problem = Problem(name, OPTIONS["all"])
@@ -174,6 +177,7 @@ def test_examples_and_classes_are_split_at_once() -> None:
     assert_exact(problem, value, gradient[:, :V])
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_that_devices_share_have_one_gradient(name: str) -> None:
     """Some devices have nothing to do, while others work through their chunks."""
@@ -201,6 +205,7 @@ def test_weights_that_devices_share_have_one_gradient(name: str) -> None:
     np.testing.assert_allclose(got[1], exact["logit_scale"], rtol=1e-5)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", LOSSES)
 def test_examples_are_split_by_hand_beside_explicit_axes(name: str) -> None:
     """The caller splits by one axis, and the mesh has another."""

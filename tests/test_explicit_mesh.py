@@ -121,7 +121,7 @@ def check_against_oracle(got: Any, floats: Any, rest: Any) -> None:
         check_close(gradient, exact[name])
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("scores", "dense"), turns(SCORES, [False, True]))
 def test_what_belongs_to_logits_may_be_split_in_any_way(
@@ -148,6 +148,7 @@ def test_what_belongs_to_logits_may_be_split_in_any_way(
         check_typed_like(got[1], calls[name][0])
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("dense", [False, True])
 def test_eager_losses_on_explicit_axes_are_those_under_jit(
@@ -255,6 +256,7 @@ def test_rows_on_explicit_axes_of_one_device_are_not_cut_into_blocks(
     np.testing.assert_allclose(got, oracle.loss(logits, ids), rtol=4e-6)
 
 
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("scores", ["numpy", "examples", "both", "crossed"])
 def test_masks_of_softmax_may_be_split_in_any_way(
@@ -300,7 +302,7 @@ HEADS: dict[str, tuple[Placed, Placed]] = {
 }
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("head", "strategy"),

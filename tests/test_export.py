@@ -366,7 +366,7 @@ def check(
     return each
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("kind", "options", "dims", "each"), HERE)
 def test_losses_exported_with_symbolic_sizes_are_exact_at_any(

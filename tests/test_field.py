@@ -55,6 +55,7 @@ WIDE = [
 ]
 
 
+@pytest.mark.alternate
 @by_loss_of_ids
 def test_a_64_bit_numpy_label_is_no_class_before_jax_narrows_it(name: str) -> None:
     logits = np.float32([[0, 0, 5], [0, 0, 5]])
@@ -70,6 +71,7 @@ def test_a_wide_label_of_one_example_is_no_class() -> None:
         assert np.isnan(integer(jnp.zeros(3), label))
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize(
     ("ignored", "name"),
     turns([-100, -1, -2, 0, 2, 2**32, 2**40 + 1, -(2**40)], TAKE_IDS),
@@ -88,6 +90,7 @@ def test_ignore_index_is_compared_with_64_bit_labels_as_they_are(
     assert not gradients[labels == ignored].any()
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("largest", "name"),
     turns(
@@ -147,7 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(6)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("name", "forward_mode", "option"),
@@ -201,6 +204,7 @@ def test_an_example_of_weight_zero_may_hold_anything(
         assert np.isfinite(gradients[2][1])
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("row", "name"), turns(ROWS, LOSSES))
 def test_statistics_of_an_example_of_weight_zero_are_zeros(name: str, row: str) -> None:
     logits = np.float32([[1.0, 2.0, 0.5], ROWS[row], [0.0, 1.0, -1.0]])
@@ -220,6 +224,7 @@ def test_statistics_of_an_example_of_weight_zero_are_zeros(name: str, row: str) 
     np.testing.assert_array_equal(stats.correct, [False, False, True])
 
 
+@pytest.mark.alternate
 @by_loss
 def test_a_snippet_with_a_padded_row_of_the_least_float(name: str) -> None:
     logits = np.float32([[1.0, 2.0], [LEAST, LEAST]])
@@ -234,6 +239,7 @@ def test_a_snippet_with_a_padded_row_of_the_least_float(name: str) -> None:
 # A z-loss of zero
 
 
+@pytest.mark.alternate
 @by_loss
 def test_a_traced_z_loss_of_zero_is_none(name: str) -> None:
     logits = np.float32([[2e19, 0.0, 1.0], [1.0, 2.0, 0.5]])
@@ -261,7 +267,7 @@ def test_a_traced_z_loss_of_zero_is_none(name: str) -> None:
 # The mean of a z-loss beside class weights
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(("factor", "name"), turns([1.0, 10.0, 0.0], TAKE_IDS))
 def test_class_weights_do_not_rescale_the_z_loss_of_a_mean(
     name: str, factor: float
@@ -280,6 +286,7 @@ def test_class_weights_do_not_rescale_the_z_loss_of_a_mean(
     np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.alternate
 @by_loss_of_ids
 def test_gradients_by_both_weights_of_a_mean_with_z_loss_are_exact(name: str) -> None:
     rng = np.random.default_rng(1)
@@ -310,7 +317,7 @@ def test_an_axis_is_any_integer(axis: Any) -> None:
     np.testing.assert_array_equal(jl.log_softmax(logits, axis), jl.log_softmax(logits))
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(("kind", "name"), turns([bool, np.int32, np.uint8], LOSSES))
 def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -323,7 +330,7 @@ def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("name", "weighted"),
     sweep(
@@ -404,7 +411,7 @@ def test_forward_mode_without_its_option_is_refused_by_name() -> None:
 # Seen right elsewhere, and to be kept right
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4", "uint8"])
 @by_loss_of_ids
 def test_narrow_labels_of_more_classes_than_they_can_count(
@@ -468,6 +475,7 @@ def test_volumes_are_segmented_along_any_axis(axis: int) -> None:
     np.testing.assert_allclose(got[1], d, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.alternate
 @by_loss
 def test_a_temperature_is_learned(name: str) -> None:
     """As of contrastive models and of calibration: by its logarithm."""

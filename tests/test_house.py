@@ -79,6 +79,7 @@ def value_and_gradient(name: str, logits: Any, ids: Any) -> Any:
     return value, pull(cotangent)[0]
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_keeps_the_digits_of_confident_examples(name: str) -> None:
     rng = np.random.default_rng(0)

@@ -322,7 +322,7 @@ def turn(strategy: str, option: str) -> dict[str, Any]:
 OF_DENSE = ("none", "bias", "weights", "where", "ignore_index", "all")
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize(
     ("strategy", "option"),
     sweep(
@@ -374,7 +374,7 @@ SIZES: dict[str, tuple[Any, int, int]] = {
 }
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(("name", "strategy"), turns(SIZES, STRATEGIES[:-1]))
 def test_sizes_at_the_edge_are_exact(name: str, strategy: str) -> None:
     i = list(SIZES).index(name) + STRATEGIES.index(strategy)
@@ -403,7 +403,7 @@ DTYPES = {
 }
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(("name", "strategy"), turns(DTYPES, STRATEGIES))
 def test_every_dtype_is_accumulated_in_a_wide_one(name: str, strategy: str) -> None:
     i = list(DTYPES).index(name) + STRATEGIES.index(strategy)
@@ -419,6 +419,7 @@ def test_two_dtypes_are_promoted_under_strict_promotion() -> None:
     check("dense", head(dtypes=("bfloat16", "float32")))
 
 
+@pytest.mark.alternate
 @by_strategy
 def test_a_class_of_bias_minus_infinity_has_no_probability(strategy: str) -> None:
     given = head()
@@ -433,6 +434,7 @@ def test_a_class_of_bias_minus_infinity_has_no_probability(strategy: str) -> Non
 # Defects of peers
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "dtype"), turns(STRATEGIES, ["float32", "bfloat16"])
 )
@@ -448,6 +450,7 @@ def test_ragged_chunks_carry_no_probability_and_lose_no_digits(
     np.testing.assert_allclose(loss, np.log(classes), rtol=1e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "local"),
     sweep(PLACES, lambda *case: case not in [("recompute", False), ("dense", False)]),
@@ -521,6 +524,7 @@ def test_a_saturated_cap_has_its_derivative(strategy: str) -> None:
 IGNORED = np.arange(B) % 3 == 1
 
 
+@pytest.mark.alternate
 @by_strategy_and_place
 def test_an_ignored_example_leaves_no_trace(strategy: str, local: bool) -> None:
     given = head()
@@ -543,6 +547,7 @@ def test_an_ignored_example_leaves_no_trace(strategy: str, local: bool) -> None:
     )
 
 
+@pytest.mark.alternate
 @by_strategy_and_place
 def test_nan_features_of_an_example_that_does_not_count_are_harmless(
     strategy: str, local: bool
@@ -560,6 +565,7 @@ def test_nan_features_of_an_example_that_does_not_count_are_harmless(
     assert np.all(np.isfinite(gradients["kernel"]))
 
 
+@pytest.mark.alternate(4)
 @by_strategy_and_place
 def test_each_example_may_have_classes_of_its_own(strategy: str, local: bool) -> None:
     given = head()
@@ -586,6 +592,7 @@ def test_each_example_may_have_classes_of_its_own(strategy: str, local: bool) ->
     assert np.all(np.isnan(gradients["hidden"]) == bad[:, None])
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @by_strategy
@@ -638,6 +645,7 @@ def test_a_mask_broadcasts_to_the_logits_it_would_have(shape: Any) -> None:
 BAD = [0, 3, 12]
 
 
+@pytest.mark.alternate
 @by_strategy_and_place
 def test_an_invalid_label_is_nan_in_its_row_alone(strategy: str, local: bool) -> None:
     given = head()
@@ -655,6 +663,7 @@ def test_an_invalid_label_is_nan_in_its_row_alone(strategy: str, local: bool) ->
     assert np.array_equal(np.isnan(loss), bad if loss.ndim else True)
 
 
+@pytest.mark.alternate
 @by_strategy
 def test_nan_features_of_a_counted_example_are_nan_in_its_row_alone(
     strategy: str,
@@ -671,6 +680,7 @@ def test_nan_features_of_a_counted_example_are_nan_in_its_row_alone(
 # Distributions
 
 
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("strategy", "reduction"),
@@ -832,6 +842,7 @@ def test_hessian_vector_products_match_exact_differences(
             np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5, err_msg=way)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "transform"), turns(STRATEGIES[:-1], ["vmap", "scan", "checkpoint"])
 )
@@ -873,6 +884,7 @@ def test_transformed_losses_are_exact(strategy: str, transform: str) -> None:
     np.testing.assert_allclose(gradients[1], by_kernel, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "traced"),
     [
@@ -910,6 +922,7 @@ def dots(function: Callable[..., Any], *arguments: Any) -> list[str]:
     return re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", text)
 
 
+@pytest.mark.alternate
 @by_strategy
 def test_a_frozen_kernel_costs_no_matmul(strategy: str) -> None:
     given = head((256, 64, 512))
@@ -958,6 +971,7 @@ def temporaries() -> dict[tuple[int, int, int, str, int], int]:
     return dict(zip(MEMORY, sizes, strict=True))
 
 
+@pytest.mark.alternate(4)
 @pytest.mark.together
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> None:
@@ -1012,6 +1026,7 @@ def test_matmuls_of_ignored_examples_can_be_skipped(
         assert ("cond" in path[path.index("scan") :]) == (ignore_index is not None)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "counted"), turns(["tokens", "recompute"], [0, 1, 4, 5, B])
 )
@@ -1027,6 +1042,7 @@ def test_any_number_of_examples_may_count(strategy: str, counted: int) -> None:
         assert_all_zero(loss, gradients["kernel"])
 
 
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize("layout", ["dv", "vd"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_float32_kernel_may_be_multiplied_in_16_bits(
@@ -1217,6 +1233,7 @@ def exported(strategy: str, local: bool, platforms: tuple[str, ...] = PLATFORMS)
     return lowered.mlir_module()
 
 
+@pytest.mark.alternate(4)
 @by_strategy_and_place
 def test_matmuls_of_bfloat16_take_bfloat16_and_give_float32_on_every_platform(
     strategy: str, local: bool

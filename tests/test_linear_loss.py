@@ -130,6 +130,7 @@ def assert_close(got: Any, want: Any, rtol: float = 2e-5) -> None:
 CASES = [(name, strategy) for name in TEXTBOOK for strategy in (*STRATEGIES, "auto")]
 
 
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("name", "strategy"),
     sweep(CASES, lambda name, strategy: strategy == "tokens" or name == "ppo"),
@@ -221,6 +222,7 @@ def test_the_likelihood_alone_has_the_bits_of_the_loss(
     )
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_are_the_statistics_of_each_example(strategy: str) -> None:
     problem = Problem()
@@ -251,7 +253,7 @@ def test_rows_are_the_statistics_of_each_example(strategy: str) -> None:
 # --- What a function may do.
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_it_closes_over_gets_its_gradient(strategy: str) -> None:
     problem = Problem()
@@ -303,6 +305,7 @@ def test_stop_gradient_is_heeded() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_aux_is_of_each_example_and_has_no_gradient(strategy: str) -> None:
     problem = Problem()
@@ -326,6 +329,7 @@ def test_aux_is_of_each_example_and_has_no_gradient(strategy: str) -> None:
     np.testing.assert_array_equal(by_aux(problem.hidden), 0)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_examples_that_do_not_count_add_nothing(strategy: str) -> None:
     problem = Problem()
@@ -351,6 +355,7 @@ def test_examples_that_do_not_count_add_nothing(strategy: str) -> None:
     assert again(hidden, problem.kernel, scale) == value
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_bad_label_is_loud_whatever_the_function_makes_of_it(strategy: str) -> None:
     problem = Problem()

@@ -98,6 +98,7 @@ cases = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.alternate
 @cases
 def test_value_and_gradient_lower_for_every_platform(
     kind: str, options: bool, forward_mode: bool

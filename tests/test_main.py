@@ -53,6 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "_timing", lambda: [{"shape": "none"}])
 
 
+@pytest.mark.alternate
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("bar", "status"), [(1.0, 0), (0.0, 1)])
 def test_exit_status_says_whether_all_held(

@@ -92,6 +92,7 @@ def value_and_gradients(
 MASKS = ["none", "examples", "all classes", "one for all"]
 
 
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize(
     ("axis", "mask"), turns([-1, 0, 1, (1, 2), (2, 0), (0, 1, 2)], MASKS), ids=str
 )
@@ -115,7 +116,7 @@ def test_integer_loss_is_optax_positionally(axis: Any, mask: str) -> None:
     assert np.any(ours > 0.1)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("axis", "mask"), turns([-1, 0, 1, (1, 2), (2, 0), (0, 1, 2), None], MASKS), ids=str
 )

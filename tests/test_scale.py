@@ -64,7 +64,7 @@ def assert_close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("name", "options"),
     sweep(
@@ -98,7 +98,7 @@ def test_each_example_has_its_own(name: str, options: str) -> None:
         assert_close(pull(problem.g), derivatives)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_scale_of_zero_makes_classes_alike(name: str, masked: bool) -> None:
@@ -157,6 +157,7 @@ def problem_of(problem: Problem) -> tuple[Any, Any]:
     return problem.logits, problem.scale
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", ["tokens", "recompute", "vocab", "dense"])
 def test_any_loss_of_rows(strategy: Any) -> None:
     problem, kernel = Problem("integer"), np.eye(V, dtype=np.float32)
@@ -186,6 +187,7 @@ def test_any_loss_of_rows(strategy: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     "name", sweep(LOSSES, lambda name: name in ("dense", "fused, tokens"))
 )
@@ -243,6 +245,7 @@ def test_meshes(name: str, kind: AxisType) -> None:
     assert_close(got, jax.tree.leaves(want))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     "strategy",
     sweep(["tokens", "recompute", "vocab", "dense", None], lambda s: s != "dense"),

@@ -36,7 +36,7 @@ def logits_within(cap: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return a.astype(dtype), b.astype(dtype)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @dtypes
 @pytest.mark.parametrize("cap", [1e-6, 1e-3, 1.0, 5.0, 50.0, 333.0, 1e4, 1e8])
 def test_a_difference_has_all_its_digits(dtype: str, cap: float) -> None:
@@ -53,6 +53,7 @@ def test_a_difference_has_all_its_digits(dtype: str, cap: float) -> None:
     np.testing.assert_array_less(abs(both - want), of_pair * abs(want) + 1e-300)
 
 
+@pytest.mark.alternate
 @dtypes
 @pytest.mark.parametrize("cap", [1e-30, 3.0, 3e38])
 def test_the_cap_holds_at_the_ends_of_the_numbers(dtype: str, cap: float) -> None:

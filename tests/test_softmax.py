@@ -92,7 +92,7 @@ def test_published_example_has_its_probabilities() -> None:
     )
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_digit_is_right_up_to_80_nats(name: str, dtype: str) -> None:
@@ -129,6 +129,7 @@ def test_probabilities_sum_to_one(dtype: str) -> None:
     )
 
 
+@pytest.mark.alternate
 @both
 @pytest.mark.parametrize(
     "axis", [-1, 0, 1, (1, 2), (2, 0), (-1, 0), (0, 1, 2), None], ids=str
@@ -145,7 +146,7 @@ def test_classes_are_any_axes(name: str, axis: Any) -> None:
 # Masks
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @both
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 4), (2, 1, 1), (2, 3)], ids=str)
 def test_masked_class_has_no_probability_and_no_gradient(
@@ -228,6 +229,7 @@ def test_a_diverged_example_is_nan_and_no_other(name: str, row: list[float]) -> 
 # Derivatives
 
 
+@pytest.mark.alternate
 @both
 @pytest.mark.parametrize("masked", [False, True])
 def test_derivatives_of_both_modes_and_orders_are_those_of_jax_nn(
@@ -310,6 +312,7 @@ def test_gradient_of_a_log_probability_keeps_its_digits(dtype: str) -> None:
     )
 
 
+@pytest.mark.alternate
 @both
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_results_are_rounded_once(name: str, dtype: str) -> None:

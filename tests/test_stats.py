@@ -56,6 +56,7 @@ def labels_of(kind: str, ids: np.ndarray, classes: int) -> np.ndarray:
     return (0.8 * hot + 0.2 / classes).astype(np.float32)
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("kind", LOSSES)
 def test_metrics_are_of_the_probabilities_with_every_option(kind: str) -> None:
     rng = np.random.default_rng(1)
@@ -101,6 +102,7 @@ def test_a_confident_row_keeps_the_digits_of_its_metrics(margin: float) -> None:
     np.testing.assert_allclose(stats.confidence, p.max(-1), rtol=3e-7)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("kind", TAKE_IDS)
 def test_a_label_that_cannot_be_is_behind_all_classes(kind: str) -> None:
     logits = np.array([[0, 1.0, 2], [2, 1, 0], [3, -3, 1]], np.float32)

@@ -178,7 +178,7 @@ def assert_trees_close(actual: Any, expected: Any, **tolerance: float) -> None:
 # Differentiation
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("kind", "option"),
@@ -195,6 +195,7 @@ def test_gradients_match_differences_to_second_order(kind: str, option: str) -> 
 
 
 # Option by option, forward mode is compared with reverse mode below.
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("kind", "option"),
@@ -219,7 +220,7 @@ def test_every_mix_of_modes_matches_differences_to_second_order(
         check_grads(loss, (arguments,), order=2, modes=("fwd", "rev"), **DIFFERENCES)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @by_case
 def test_both_registrations_agree_to_two_units_in_the_last_place(
     kind: str, option: str
@@ -247,6 +248,7 @@ def test_both_registrations_agree_to_two_units_in_the_last_place(
             np.testing.assert_allclose(reverse, forward, **REORDERED)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("way", "kind", "forward_mode"),
@@ -344,7 +346,7 @@ def test_reweighting_raises_the_examples_that_help_the_validation_loss() -> None
     np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("kind", "option"),
@@ -391,6 +393,7 @@ def test_jvp_without_forward_mode_is_an_error_that_names_it(kind: str) -> None:
 # What is kept for the backward pass
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("forward_mode", [False, True])
 @by_case
@@ -492,6 +495,7 @@ def test_bfloat16_logits_are_not_copied_to_float32_in_memory() -> None:
 # Transformations
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("option", "kind"), turns(["none", "all, mean"], KINDS))
 def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None:
@@ -501,6 +505,7 @@ def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None
     assert_trees_close(jax.jit(gradient)(arguments), gradient(arguments), **REORDERED)
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("axis", "kind", "forward_mode"), turns([0, 1, 2], KINDS, [False, True])
@@ -543,6 +548,7 @@ MAPPED: dict[str, np.ndarray] = {
 }
 
 
+@pytest.mark.alternate(4)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("name", "forward_mode"), turns(MAPPED, [False, True]))
 def test_vmap_over_one_argument_is_a_loop_over_it(
@@ -570,6 +576,7 @@ def test_vmap_over_one_argument_is_a_loop_over_it(
     assert_trees_close(batched, stacked, **REORDERED)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @by_kind_and_registration
 def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
@@ -597,6 +604,7 @@ def test_scan_over_steps_is_the_loss_of_the_whole_sequence(
     assert_trees_close(result, expected, **REORDERED)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @by_kind_and_registration
 def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
@@ -608,6 +616,7 @@ def test_checkpoint_changes_nothing(kind: str, forward_mode: bool) -> None:
 
 # JAX keeps what it has traced of a rule for each choice of differentiated arguments,
 # but only the last tree of its residuals.
+@pytest.mark.alternate(6)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     "name", ["dense", "integer", *FUSED, "log_probs", "linear_softmax_loss"]
@@ -663,6 +672,7 @@ SCHEDULED = {
 }
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("traced", [False, True], ids=["float", "array"])
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_another_value_of_an_option_compiles_nothing(name: str, traced: bool) -> None:
@@ -708,6 +718,7 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("compiled", "how"),
     sweep(
