@@ -57,9 +57,9 @@ K = 16
 TEACHER = {"layers": 2, "width": 64, "heads": 2}
 STUDENT = {"layers": 1, "width": 32, "heads": 1}
 if not QUICK:
-    TEACHER = {"layers": 3, "width": 160, "heads": 5}
+    TEACHER = {"layers": 3, "width": 192, "heads": 6}
     STUDENT = {"layers": 2, "width": 64, "heads": 2}
-TEACHER_STEPS, STEPS = (100, 50) if QUICK else (250, 160)
+TEACHER_STEPS, STEPS = (100, 50) if QUICK else (300, 120)
 
 train_texts, test_texts = corpus.read(QUICK)
 tokenizer = corpus.new_tokenizer(train_texts, VOCABULARY)
@@ -77,7 +77,7 @@ print(f"evaluate {np.sum(test_labels != IGNORED):8d} tokens")
 # %% [markdown]
 # ## The teacher
 #
-# The teacher has more than twice the width of the student. It learns from
+# The teacher has three times the width of the student. It learns from
 # the text, by the loss that [language_model.ipynb](language_model.ipynb) is about.
 
 
