@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlosses._math import pairs
-from jaxlosses._platform import by_platform
+from jaxlosses._platform import by_platform, traced_once
 from jaxlosses._types import are_numbers
 
 Values = Float[Array, "..."]
@@ -35,25 +35,25 @@ _SERIES = (1, 1, 1 / 2, 0.16666534543, 0.041667237878, 0.0083675095816, 0.001386
 @jax.custom_jvp
 def exp(x: Values) -> Values:
     """`exp(x)` of any floating dtype, to one unit in the last place; `inf` above 88."""
-    return _chosen(x, _exp, jnp.exp)
+    return _chosen((_exp, jnp.exp), x)
 
 
 @jax.custom_jvp
 def expm1(x: Values) -> Values:
     """`exp(x) - 1` for `x <= 0`, likewise to 1.2 units."""
-    return _chosen(x, _expm1, jnp.expm1)
+    return _chosen((_expm1, jnp.expm1), x)
 
 
 @jax.custom_jvp
 def log1p(x: Values) -> Values:
     """`log(1 + x)` for `x > -1`, likewise to one unit, or to two below 0."""
-    return _chosen(x, _log1p, jnp.log1p)
+    return _chosen((_log1p, jnp.log1p), x)
 
 
 @jax.custom_jvp
 def one_minus_exp(x: Values) -> Values:
     """`1 - exp(-x)` for `x >= 0`, likewise to three units."""
-    return _chosen(x, _one_minus_exp, lambda x: -jnp.expm1(-x))
+    return _chosen((_one_minus_exp, _minus_expm1), x)
 
 
 def exp_of_row(x: Values, logits: Values) -> Values:
@@ -95,12 +95,17 @@ log1p.defjvp(_with_slope(log1p, lambda x, y: 1 / (1 + x)))
 one_minus_exp.defjvp(_with_slope(one_minus_exp, lambda x, y: exp(-x)))
 
 
-def _chosen(
-    x: Values, on_cpu: Callable[[Values], Values], general: Callable[[Values], Values]
-) -> Values:
-    if x.dtype != jnp.float32:
-        return general(x)
-    return by_platform(on_cpu, general, x)
+# On a CPU, and elsewhere.
+Choice = tuple[Callable[[Values], Values], Callable[[Values], Values]]
+
+
+def _choose(choice: Choice, x: Values) -> Values:
+    on_cpu, general = choice
+    return general(x) if x.dtype != jnp.float32 else by_platform(on_cpu, general, x)
+
+
+# Of a loss a third of the tracing is this, for shapes that come again and again.
+_chosen = traced_once(_choose, inline=True)
 
 
 def _exp(x: Values) -> Values:
@@ -114,6 +119,10 @@ def _expm1(x: Values) -> Values:
     power, r = _reduced(x)
     beyond = r * pairs.series_of_exp(r, 1, 7)
     return jnp.where(x < _LOWEST, -1, power * beyond + (power - 1))
+
+
+def _minus_expm1(x: Values) -> Values:
+    return -jnp.expm1(-x)
 
 
 def _one_minus_exp(x: Values) -> Values:

@@ -63,13 +63,19 @@ def _within(known: Known, run: Callable[..., Result]) -> Callable[..., Result]:
     return traced
 
 
-def traced_once(run: Callable[..., Result]) -> Callable[..., Result]:
+def traced_once(
+    run: Callable[..., Result], inline: bool = False
+) -> Callable[..., Result]:
     """A function of a static argument and arrays, of which JAX keeps the trace.
 
     A value and its gradient trace the same statistics, losses of one kind as well.
+
+    Args:
+        run: the function.
+        inline: whether programs have its operations in the place of a call.
     """
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(jax.jit, static_argnums=(0, 1), inline=inline)
     def of(known: Known | None, static: object, *args: object) -> Result:
         del known  # on which the trace depends
         return run(static, *args)

@@ -163,15 +163,24 @@ def _read(spec: Spec, inputs: Inputs, uniform: Values | None, slices: int = 1) -
     return result
 
 
+def may_slice(spec: Spec, inputs: Inputs, number: int) -> bool:
+    """Whether a row has so many slices; of distributions there is but one."""
+    *others, axis = spec.axes
+    size = inputs.logits.shape[axis]
+    exact = spec.dense or inputs.labels is None
+    long = are_numbers(size) and size >= number * _TILE
+    return number > 1 and not others and not exact and long
+
+
 def _slices(
     spec: Spec, inputs: Inputs, uniform: Values | None, number: int
 ) -> Iterator[tuple[Inputs, Values | None, Size, Mask | None]]:
     """The inputs in slices of the classes, and the arguments of `_each` beside them."""
-    *others, axis = spec.axes
-    size = inputs.logits.shape[axis]
-    if number == 1 or others or not are_numbers(size) or size < number * _TILE:
+    if not may_slice(spec, inputs, number):
         yield inputs, uniform, 0, None
         return
+    (axis,) = spec.axes
+    size = inputs.logits.shape[axis]
     length = -(-size // (number * _TILE)) * _TILE
     for begin in range(0, size, length):
         start = min(begin, size - length)
