@@ -7,6 +7,7 @@ is not constant.
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -338,6 +339,64 @@ def test_every_digit_is_right_in_one_block_in_cache(
     options = make_options(option, kind, ids, classes) | {"logit_scale": 0.7}
     check(logits, labels, local=True, **options)
     check(logits[:0], labels[:0], local=True)
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(27, "float32"), (1003, "bfloat16")])
+def test_every_digit_is_right_by_exponentials_of_both_passes(
+    classes: int, dtype: str
+) -> None:
+    check(*confident(classes, dtype), dtype=dtype, local=True)
+
+
+def test_value_and_gradient_of_one_block_take_exponentials_once() -> None:
+    def mean(logits: Any, labels: Any) -> jax.Array:
+        return jl.softmax_cross_entropy_with_integer_labels(
+            logits, labels, reduction="mean"
+        )
+
+    shapes = jax.ShapeDtypeStruct((32, 1000), jnp.float32), jnp.arange(32)
+    run = jax.jit(on_one_device(jax.value_and_grad(mean)))
+    text = run.lower(*shapes).compile().as_text()
+    # XLA's, and the one of `_elementary`, which shifts bits.
+    found = re.findall(r"\w32\[([\d,]+)\]\S* (exponential|shift-left)\(", text)
+    of_all = [op for size, op in found if math.prod(map(int, size.split(","))) == 32000]
+    assert of_all == ["exponential"]
+
+
+def test_policies_hold_by_exponentials_of_both_passes() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8, 3, 28)).astype(np.float32)
+    ids = rng.integers(28, size=(8, 3)).astype(np.int32)
+    logits[0], ids[0] = np.nan, -100  # ignored
+    logits[1, :, 5], ids[1] = np.nan, 7
+    ids[2] = 28  # no class
+    logits[3, :, 5], ids[3] = -np.inf, 5  # impossible
+    logits[4], logits[4, :, 9], ids[4] = -np.inf, -300, 9  # certain
+    logits[5] = np.nan  # of weight 0
+    weights = np.ones((8, 3), np.float32)
+    weights[5] = 0
+
+    def losses(logits: Any) -> jax.Array:
+        return jl.softmax_cross_entropy_with_integer_labels(
+            logits, ids, ignore_index=-100, weights=weights
+        )
+
+    found = jax.jit(on_one_device(losses))(logits)
+    run = jax.jit(on_one_device(jax.grad(lambda z: losses(z).sum())))
+    gradient = np.asarray(run(logits))
+    assert_all_zero(found[0], found[4], found[5], gradient[0], gradient[4], gradient[5])
+    assert np.isnan(found[1:3]).all()
+    assert np.isnan(gradient[1:3]).all()
+    assert (np.asarray(found[3]) == np.inf).all()
+    exact = oracle.gradients(logits[6:], ids[6:], cotangent=np.ones((2, 3)))["logits"]
+    np.testing.assert_allclose(gradient[6:], exact, rtol=1e-5, atol=1e-9)
+
+    # What is not there stays away from the second derivative.
+    hessian = jax.hessian(lambda z: losses(logits.at[7, 2].set(z)).sum())
+    logits = jnp.asarray(logits).at[1:4].set(0)
+    second = np.asarray(jax.jit(on_one_device(hessian))(logits[7, 2]))
+    p = np.asarray(jl.softmax(logits[7, 2]), np.float64)
+    np.testing.assert_allclose(second, np.diag(p) - np.outer(p, p), atol=1e-7)
 
 
 def test_policies_hold_in_blocks_of_rows() -> None:

@@ -3,9 +3,10 @@
 import functools
 from collections.abc import Callable
 
-from jaxlosses._backends import cpu
-from jaxlosses._math import online, picks, statistics, tails
+from jaxlosses._backends import cpu, once
+from jaxlosses._math import gradient, online, picks, statistics, tails
 from jaxlosses._math.classes import Inputs, Spec, Values, Whole
+from jaxlosses._math.gradient import Cotangents, Gradients
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._platform import by_platform, is_local
 from jaxlosses._sharding import explicit_mesh
@@ -41,6 +42,18 @@ def _evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     if online.may_slice(spec, inputs, _SLICES_ON_TPU):
         on_tpu = functools.partial(once, slices=_SLICES_ON_TPU)
     return by_platform(on_cpu, once, inputs, on_tpu=on_tpu)
+
+
+def pullback(
+    spec: Spec, inputs: Inputs, kept: Statistics, cotangents: Cotangents, linear: bool
+) -> Gradients:
+    """Cotangents of what given logits depend on."""
+    general = functools.partial(gradient.pullback, spec, linear=linear)
+    plain = cotangents.smooth is None and cotangents.entropy is None
+    if plain and _may_block(spec, inputs) and cpu.shares_terms(spec, inputs):
+        on_cpu = functools.partial(once.pullback, spec, linear=linear)
+        return by_platform(on_cpu, general, inputs, kept, cotangents)
+    return general(inputs, kept, cotangents)
 
 
 def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:

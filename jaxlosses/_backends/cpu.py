@@ -1,8 +1,9 @@
 """Given logits on a CPU: rows in blocks that are read again from cache.
 
-Four readings: `FEW` of plain logits of few classes, class by class; `BLOCK` of rows in
-cache, by reductions that are fast there; `SAMPLE` the same without a search for the
-largest logit. What each gains, and how it was found, is in benchmarks/NOTES.md.
+Four readings: `FEW` of plain logits of few classes, class by class; `once.ONCE` of
+plain logits that fit a block; `BLOCK` of
+rows in cache, by reductions that are fast there; `SAMPLE` the same without a search for
+the largest logit. What each gains, and how it was found, is in benchmarks/NOTES.md.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from jaxlosses._backends import folds
+from jaxlosses._backends import folds, once
+from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math import statistics, tails
 from jaxlosses._math.classes import (
@@ -97,6 +99,8 @@ def evaluate(
     )
     if plain and num_classes <= FEW_CLASSES:
         out = _of_few(one_axis, inputs)
+    elif plain and num_rows <= rows:
+        out = statistics.evaluate(one_axis, inputs, once.ONCE)
     elif spec.dense or spec.smooth or inputs.where is not None:
         out = _by_rows(
             lambda block: statistics.evaluate(one_axis, block(), BLOCK), inputs, rows
@@ -110,6 +114,14 @@ def evaluate(
         # What is left to do per row takes a single loop, and not one per block.
         out = statistics.finish(one_axis, part, inputs)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
+
+
+def shares_terms(spec: Spec, inputs: Inputs) -> bool:
+    """Whether the gradient takes the exponentials that the statistics took."""
+    *batch, num_classes = inputs.logits.shape
+    fits = math.prod(batch) <= rows_of_block(num_classes)
+    plain = _is_plain(spec, inputs) and inputs.picks is None
+    return plain and fits and num_classes > FEW_CLASSES
 
 
 def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
@@ -262,7 +274,7 @@ def _partial_of_block(
 ) -> Partial:
     """The label's logit and its rivals, of a block of rows in cache."""
     at_label = is_label(spec, inputs)
-    label = _gathered(inputs, signed, spec)
+    label = gathered(inputs, signed, spec)
     others = jnp.where(at_label, -jnp.inf, signed)
     rival, mass, _ = _rivals_in_cache(spec, others, magnitude)
     return Partial(label, rival, mass)
@@ -307,7 +319,7 @@ def _partial_of_sample(
     found = mass(in_memory(folded).reshape(num_rows, -1))
     if size < num_classes:
         found += mass(exp(others(logits[:, size:], ids[:, size:]) - base))
-    return Partial(_gathered(inputs, signed, spec), rival, found)
+    return Partial(gathered(inputs, signed, spec), rival, found)
 
 
 def _fold_of(num_classes: int) -> int | None:
@@ -324,15 +336,6 @@ def is_safe(part: Partial) -> Mask:
     """
     lead = part.label - part.rival
     return (part.mass < _LARGEST_MASS) & (lead < _LARGEST_LEAD)
-
-
-def _gathered(inputs: Inputs, a: Values, spec: Spec) -> Values:
-    """The entry at the label, `-inf` without one."""
-    (axis,) = spec.axes
-    found = jnp.take_along_axis(a, jnp.maximum(inputs.labels, 0), axis)
-    # A loop that gathers is not vectorised: what follows is kept out of it.
-    found = in_memory(found)
-    return jnp.where(inputs.labels < 0, -jnp.inf, found)
 
 
 def _tail_in_cache(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:

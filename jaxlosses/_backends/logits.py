@@ -3,7 +3,6 @@
 import dataclasses
 
 from jaxlosses._backends import choose
-from jaxlosses._math import gradient
 from jaxlosses._math.classes import Inputs, Spec
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Statistics
@@ -30,5 +29,5 @@ class OnLogits:
     ) -> Tree:
         """All that there is: what is not wanted is removed by XLA."""
         del wanted
-        d = gradient.pullback(self.spec, inputs, kept, cotangents, linear=linear)
+        d = choose.pullback(self.spec, inputs, kept, cotangents, linear)
         return Inputs(d.logits, d.labels, None, None, d.class_weights, d.scale)

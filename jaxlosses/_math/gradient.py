@@ -61,6 +61,7 @@ def pullback(
     *,
     linear: bool = False,
     uniform: Uniform | None = None,
+    others: tuple[Values, Values] | None = None,
 ) -> Gradients:
     """Cotangents of the differentiable inputs, rebuilt from the statistics.
 
@@ -81,6 +82,8 @@ def pullback(
             transposed. Otherwise an example whose cotangents are zero has gradient
             zero even if it holds a NaN.
         uniform: given if the classes are a part of all; else computed.
+        others: an array and a number per example whose product is the probability of
+            every class but the label, of plain logits and class ids; else computed.
     """
     if inputs.picks is not None:
         return _with_picks(spec, inputs, statistics, cotangents, linear, uniform)
@@ -100,8 +103,9 @@ def pullback(
     gap = masked(present, gap_of(spec, signed, peak))
     behind = scaled(gap, magnitude)
     log_p = behind - spread
-    weight = exp_of_row(behind, inputs.logits)
-    share = 1 / exp(spread)
+    if others is None:
+        others = exp_of_row(behind, inputs.logits), 1 / exp(spread)
+    weight, share = others
     p = share * weight
     rest = None if spec.dense else one_minus_exp(nll)
     # A label that cannot be has a NaN statistic, and its whole row a NaN gradient.
