@@ -167,6 +167,20 @@ def _cpu() -> Iterator[Case]:
                 yield Case(*shape, dtype, "random", what)
 
 
+# Of a try-out, of a last batch, of a token at a time.
+_SMALL = (
+    *((8, 10), (32, 10), (4096, 32), (4096, 64), (128, 100), (512, 100)),
+    *((32, 1000), (256, 1000), (8, 4096), (256, 4096), (8, 32000), (8, 128256)),
+)
+
+
+def _small() -> Iterator[Case]:
+    for dtype in _DTYPES:
+        for shape in _SMALL:
+            for what in _LOSSES:
+                yield Case("small", *shape, dtype, "random", what)
+
+
 def _gpu() -> Iterator[Case]:
     yield Case("1 GiB", 16384, 16384, "float32", "random", COPY)
     yield Case("square", 8192, 8192, "bfloat16", "random", MATMUL)
@@ -250,6 +264,7 @@ PRESETS = {
         "cpu",
         budget=4.0,
     ),
+    "small": Preset(tuple(_small()), ("optax",), "cpu", budget=1.0),
     "gpu": Preset(
         tuple(_gpu()),
         ("optax", "jax.nn", "torch", "torch.compile", "tokamax", "jax-cce"),

@@ -22,6 +22,9 @@ _SAMPLES_PER_TURN = 4
 _PAUSE, _PAUSE_PER_BYTE = 0.005, 1e-10
 # A GPU takes calls while it works: one sample is as many calls as last so long.
 _GPU_SAMPLE_MS = 20.0
+# After a pause a CPU's first call waits for its threads: one sample is as many calls,
+# of everyone alike, as the slowest takes so long for.
+_CPU_SAMPLE_MS = 5.0
 _MAX_CALLS = 200
 
 
@@ -46,7 +49,8 @@ class Measurement:
         (estimates,) = self._turn(1)
         one_turn = time.monotonic() - began
         errors = self._errors() if self._case.what in (FORWARD, FUSED) else {}
-        calls = dict.fromkeys(estimates, 1)
+        slowest = max(max(estimates.values()), _CPU_SAMPLE_MS / _MAX_CALLS)
+        calls = dict.fromkeys(estimates, math.ceil(_CPU_SAMPLE_MS / slowest))
         if on_gpu:
             calls = {
                 name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))

@@ -31,7 +31,7 @@ Entry = dict[str, Any]
 Key = tuple[str, int, int, str, str, str]
 
 # Of the presets on the page of all tables.
-_ORDER = ("quick", "cpu", "gpu", "linear", "growth", "compiled")
+_ORDER = ("quick", "cpu", "small", "gpu", "linear", "growth", "compiled")
 # Models of the README's table by preset, of few and of many classes; it has to stay
 # small. A preset without an entry is on the page of all tables only.
 _README_MODELS = {
@@ -164,6 +164,7 @@ def _title(result: Result) -> str:
         "compiled": "Compiled, not run: ",
         "growth": "Growth of cost: ",
         "linear": "Fused loss: ",
+        "small": "Small calls: ",
     }
     kind = kinds.get(result["preset"], "")
     only = f", only '{result['only']}'" if result["only"] else ""
