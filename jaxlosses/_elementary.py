@@ -104,7 +104,7 @@ def _choose(choice: Choice, x: Values) -> Values:
     return general(x) if x.dtype != jnp.float32 else by_platform(on_cpu, general, x)
 
 
-# Of a loss a third of the tracing is this, for shapes that come again and again.
+# Nearly a quarter of the tracing was this, for shapes that come again and again.
 _chosen = traced_once(_choose, inline=True)
 
 

@@ -363,6 +363,18 @@ def test_value_and_gradient_of_one_block_take_exponentials_once() -> None:
     assert of_all == ["exponential"]
 
 
+def test_a_mapped_loss_keeps_no_exponentials() -> None:
+    def mean(logits: Any, labels: Any) -> jax.Array:
+        return jax.vmap(jl.softmax_cross_entropy_with_integer_labels)(
+            logits, labels
+        ).mean()
+
+    shapes = jax.ShapeDtypeStruct((64, 32, 1000), jnp.float32), jnp.zeros((64, 32), int)
+    run = jax.jit(on_one_device(jax.value_and_grad(mean)))
+    memory = run.lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20  # of 8 MB of logits
+
+
 def test_policies_hold_by_exponentials_of_both_passes() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(8, 3, 28)).astype(np.float32)

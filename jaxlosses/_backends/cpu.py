@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from jaxlosses._backends import folds, once
-from jaxlosses._backends.once import gathered
+from jaxlosses._backends.once import gathered, in_rows
 from jaxlosses._elementary import exp
 from jaxlosses._math import statistics, tails
 from jaxlosses._math.classes import (
@@ -88,10 +88,7 @@ def evaluate(
     *batch, num_classes = inputs.logits.shape
     plain = _is_plain(spec, inputs)
     one_axis = dataclasses.replace(spec, axes=(1,))
-    # One batch axis; what all rows share keeps it at size 1.
-    inputs = jax.tree.map(
-        lambda a: a if a.ndim == 0 else a.reshape(-1, a.shape[-1]), inputs
-    )
+    inputs = in_rows(inputs)
     num_rows = len(inputs.logits)
     rows = rows_of_block(num_classes) if rows is None else rows
     sampled = (
@@ -99,7 +96,7 @@ def evaluate(
     )
     if plain and num_classes <= FEW_CLASSES:
         out = _of_few(one_axis, inputs)
-    elif plain and num_rows <= rows:
+    elif shares_terms(one_axis, inputs, rows):
         out = statistics.evaluate(one_axis, inputs, once.ONCE)
     elif spec.dense or spec.smooth or inputs.where is not None:
         out = _by_rows(
@@ -116,12 +113,12 @@ def evaluate(
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
 
 
-def shares_terms(spec: Spec, inputs: Inputs) -> bool:
+def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
     """Whether the gradient takes the exponentials that the statistics took."""
     *batch, num_classes = inputs.logits.shape
-    fits = math.prod(batch) <= rows_of_block(num_classes)
-    plain = _is_plain(spec, inputs) and inputs.picks is None
-    return plain and fits and num_classes > FEW_CLASSES
+    rows = rows_of_block(num_classes) if rows is None else rows
+    fits = math.prod(batch) <= rows
+    return fits and num_classes > FEW_CLASSES and _is_plain(spec, inputs)
 
 
 def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
@@ -241,9 +238,9 @@ def _by_rows(
 
 def _is_plain(spec: Spec, inputs: Inputs) -> bool:
     """Whether nothing but the logits and class ids is to be read."""
-    if spec.dense or spec.smooth or spec.predicted:
+    if spec.dense or spec.smooth or spec.predicted or spec.softcap is not None:
         return False
-    return inputs.where is None and inputs.scale is None and spec.softcap is None
+    return inputs.where is None and inputs.scale is None and inputs.picks is None
 
 
 def _partial_of_few(

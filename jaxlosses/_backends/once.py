@@ -6,12 +6,14 @@ for both passes").
 
 import dataclasses
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from jaxlosses._elementary import exp
+from jaxlosses._elementary import exp, exp_of_row
 from jaxlosses._math import gradient, statistics
 from jaxlosses._math.classes import (
     Ids,
@@ -26,6 +28,9 @@ from jaxlosses._math.classes import (
 from jaxlosses._math.gradient import Cotangents, Gradients
 from jaxlosses._math.statistics import Partial, Reading, Statistics
 from jaxlosses._platform import in_memory
+from jaxlosses._types import Size
+
+Rows = TypeVar("Rows")
 
 
 def pullback(
@@ -37,39 +42,75 @@ def pullback(
     """
     shape = inputs.logits.shape
     spec = dataclasses.replace(spec, axes=(1,))
-    inputs, kept, cotangents = jax.tree.map(
-        lambda a: a.reshape(-1, a.shape[-1]), (inputs, kept, cotangents)
-    )
-    rival, terms = _terms(spec, inputs.logits, inputs.labels)
-    # Without any rival there is nothing to share.
-    ratio = jnp.where(rival == -jnp.inf, 0, exp(rival - kept.peak))
-    others = terms, ratio / exp(kept.spread)
+    inputs, kept, cotangents = in_rows((inputs, kept, cotangents))
+    others = _others(spec, inputs.logits, inputs.labels, kept.peak, kept.spread)
     d = gradient.pullback(spec, inputs, kept, cotangents, linear=linear, others=others)
     return d._replace(logits=d.logits.reshape(shape))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _terms(spec: Spec, logits: Values, labels: Ids) -> tuple[Values, Values]:
-    """The largest logit of the other classes, and their exponentials relative to it.
+def in_rows(tree: Rows) -> Rows:
+    """Arrays with one batch axis; what all rows share keeps it at size 1."""
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]) if a.ndim else a, tree)
 
-    The first is a constant, on which no gradient depends.
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _others(
+    spec: Spec, logits: Values, labels: Ids, peak: Values, spread: Values
+) -> tuple[Values, Values]:
+    """Two factors of the probabilities of all classes but the label.
+
+    Under `vmap` there are more rows than of one block, whose exponentials nobody keeps:
+    they are those relative to the peak, for which no row is searched again.
     """
+
+    @custom_vmap
+    def shared(
+        logits: Values, labels: Ids, peak: Values, spread: Values
+    ) -> tuple[Values, Values]:
+        rival, terms = _terms(spec, logits, labels)
+        # Without any rival there is nothing to share.
+        ratio = jnp.where(rival == -jnp.inf, 0, exp(rival - peak))
+        return terms, ratio / exp(spread)
+
+    @shared.def_vmap
+    def of_more_rows(
+        size: Size, mapped: list[bool], *args: Array
+    ) -> tuple[tuple[Values, Values], tuple[bool, bool]]:
+        def alone(
+            logits: Values, labels: Ids, peak: Values, spread: Values
+        ) -> tuple[Values, Values]:
+            del labels
+            behind = logits.astype(peak.dtype) - peak
+            return exp_of_row(behind, logits), 1 / exp(spread)
+
+        in_axes = [0 if here else None for here in mapped]
+        return jax.vmap(alone, in_axes, axis_size=size)(*args), (True, True)
+
+    factors: tuple[Values, Values] = shared(logits, labels, peak, spread)
+    return factors
+
+
+@_others.defjvp
+def _others_jvp(
+    spec: Spec,
+    primals: tuple[Values, Ids, Values, Values],
+    tangents: tuple[Values, Array, Values, Values],
+) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
+    weight, share = _others(spec, *primals)
+    d_logits, _, _, d_spread = tangents  # the peak is a constant
+    # A row that does not count may hold a NaN.
+    slope = jnp.where(jnp.isnan(weight), 0, weight)
+    d = slope * d_logits.astype(weight.dtype), -share * d_spread
+    return (weight, share), d
+
+
+def _terms(spec: Spec, logits: Values, labels: Ids) -> tuple[Values, Values]:
+    """The largest logit of the other classes, and their exponentials relative to it."""
     wide = logits.astype(accumulation_dtype(logits.dtype))
     others = jnp.where(ids_of_classes(spec, logits.shape) == labels, -jnp.inf, wide)
     rival = largest(spec, others)
     # Not the exponential of `_elementary`: XLA:CPU has a library for a sum of its own.
     return rival, jnp.exp(others - jnp.where(rival == -jnp.inf, 0, rival))
-
-
-@_terms.defjvp
-def _terms_jvp(
-    spec: Spec, primals: tuple[Values, Ids], tangents: tuple[Values, Array]
-) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
-    rival, terms = _terms(spec, *primals)
-    # A row that does not count may hold a NaN.
-    slope = jnp.where(jnp.isnan(terms), 0, terms)
-    d_terms = slope * tangents[0].astype(terms.dtype)
-    return (rival, terms), (jnp.zeros_like(rival), d_terms)
 
 
 def _partial_at_once(

@@ -167,9 +167,8 @@ def may_slice(spec: Spec, inputs: Inputs, number: int) -> bool:
     """Whether a row has so many slices; of distributions there is but one."""
     *others, axis = spec.axes
     size = inputs.logits.shape[axis]
-    exact = spec.dense or inputs.labels is None
     long = are_numbers(size) and size >= number * _TILE
-    return number > 1 and not others and not exact and long
+    return number > 1 and not others and not spec.dense and long
 
 
 def _slices(
