@@ -49,13 +49,15 @@ class Measurement:
         (estimates,) = self._turn(1)
         one_turn = time.monotonic() - began
         errors = self._errors() if self._case.what in (FORWARD, FUSED) else {}
-        slowest = max(max(estimates.values()), _CPU_SAMPLE_MS / _MAX_CALLS)
-        calls = dict.fromkeys(estimates, math.ceil(_CPU_SAMPLE_MS / slowest))
         if on_gpu:
             calls = {
                 name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))
                 for name, ms in estimates.items()
             }
+        else:
+            slowest = max(estimates.values(), default=_CPU_SAMPLE_MS)
+            alike = min(_MAX_CALLS, math.ceil(_CPU_SAMPLE_MS / max(slowest, 1e-3)))
+            calls = dict.fromkeys(estimates, alike)
         for name, ms in estimates.items():
             one_turn += 1e-3 * ms * (_SAMPLES_PER_TURN * calls[name] - 1)
         turns = max(_MIN_TURNS, min(_MAX_TURNS, int(budget / one_turn)))
