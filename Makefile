@@ -30,9 +30,8 @@ distillation: $(VENV)/.demo  ## Train a small model by a larger one; the same AR
 	$(BIN)/python notebooks/distillation.py $(ARGS)
 
 quick: $(VENV)/.demo  ## Run every notebook as a script, in a few minutes
-	cd notebooks && for name in $(NOTEBOOKS); do \
-	  echo "== $$name" && MPLBACKEND=agg ../$(BIN)/python $$name.py --quick || exit 1; \
-	done
+	for name in $(NOTEBOOKS); do echo "== $$name"; \
+	  MPLBACKEND=agg $(BIN)/python notebooks/$$name.py --quick || exit 1; done
 
 test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -4,17 +4,12 @@ The sources are those of the repository where they lie, so that a link works her
 checkout and on a forge.
 """
 
-import pathlib
 import re
-import sys
 from typing import Any
 
 from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
-
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import jaxlosses
 

@@ -22,12 +22,19 @@ PAGES = [
     "benchmarks/results/README.md",
     *(f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.md"))),
 ]
-WITH_CODE = [
-    "README.md",
-    "notebooks/index.md",
-    "notebooks/questions.md",
+WITHOUT_LINKS = [
+    "CONTRIBUTING.md",
+    "notebooks/api.md",
+    "notebooks/mathematics.md",
     "notebooks/which_loss.md",
 ]
+# With so many blocks at least.
+WITH_CODE = {
+    "README.md": 5,
+    "notebooks/index.md": 2,
+    "notebooks/questions.md": 2,
+    "notebooks/which_loss.md": 7,
+}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SECTIONS = ["Args", "Returns", "Raises", "Differentiation", "Example", "Source"]
@@ -114,7 +121,7 @@ def arguments_at_fault(
 def test_python_of_a_page_runs_in_order(name: str) -> None:
     text = page(name)
     blocks = list(BLOCK.finditer(text))
-    assert blocks
+    assert len(blocks) >= WITH_CODE[name]
     assert text.count("```python") == len(blocks)
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
@@ -136,7 +143,7 @@ def test_the_mathematics_names_tests_that_exist() -> None:
 def test_readme_names_every_public_function_and_the_site_every_option() -> None:
     functions = {name.rpartition(".")[2] for name in FUNCTIONS}
     parameters = inspect.signature(jl.softmax_cross_entropy_with_integer_labels)
-    options = {name for name in parameters.parameters if name not in ("labels", "axis")}
+    options = set(parameters.parameters)
     for wanted, text in ((functions, README), (options, page("notebooks/api.md"))):
         missing = {name for name in wanted if not re.search(rf"\b{name}\b", text)}
         assert missing == set()
@@ -146,7 +153,7 @@ def test_readme_names_every_public_function_and_the_site_every_option() -> None:
 def test_links_of_a_page_lead_somewhere(name: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", page(name))
     local = [t for t in targets if not t.startswith("https://")]
-    assert local or name != "README.md"
+    assert local or name in WITHOUT_LINKS
     # The notebook is generated from its source, `make notebooks`.
     sources = [re.sub(r"\.ipynb$", ".py", target) for target in local]
     folder = (ROOT / name).parent

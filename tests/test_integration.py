@@ -248,3 +248,18 @@ def test_demo_runs_with_either_import(package: str, tmp_path: pathlib.Path) -> N
     assert run.returncode == 0, run.stderr[-4000:]
     assert "test accuracy" in run.stdout
     assert (tmp_path / "figures" / "digits_loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.long  # `make quick` runs it by itself
+def test_sharding_notebook_holds_what_it_asserts() -> None:
+    notebook = DEMO.parent / "sharding.py"
+    run = subprocess.run(
+        [sys.executable, str(notebook)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=one_device.environment(),
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "4096 512 × 8" in run.stdout
