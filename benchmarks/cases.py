@@ -18,6 +18,7 @@ MATMUL = "matmul"
 
 OURS = "jaxlosses"
 MARGIN = 20.0  # nats between the label and the runner-up in a confident row
+MARGINS = tuple(float(nats) for nats in range(-10, 81))
 # Values drawn per input, 64 MiB of float32. The rows of a larger one repeat.
 _POOL = 2**24
 # An input smaller than this has a twin, and calls alternate between the two.
@@ -28,6 +29,10 @@ INPUTS = {
     "confident": (
         "as random, but in 9 of 10 rows the label's logit exceeds all others by "
         f"{MARGIN:g}"
+    ),
+    "margins": (
+        "as random, but the label's logit exceeds all others by "
+        f"{MARGINS[0]:g} to {MARGINS[-1]:g}, row by row"
     ),
 }
 
@@ -102,10 +107,14 @@ class Case:
         return hidden, kernel / np.float32(math.sqrt(self.features))
 
 
-def confident_rows(case: Case) -> np.ndarray:
-    """Which of the drawn rows have the margin."""
+def groups(case: Case) -> dict[str, np.ndarray]:
+    """Which of the drawn rows one error is given for, by its name."""
     rows = np.arange(case.pool_rows)
-    return (rows % 10 != 0) & (case.inputs == "confident")
+    if case.inputs == "margins":
+        own = rows % len(MARGINS)
+        return {f"{nats:g}": own == i for i, nats in enumerate(MARGINS)}
+    sure = (rows % 10 != 0) & (case.inputs == "confident")
+    return {"order 1": ~sure, "confident": sure}
 
 
 @functools.lru_cache(maxsize=2)
@@ -115,10 +124,13 @@ def _draw(
     rng = np.random.default_rng((rows, classes, seed))
     logits = rng.standard_normal((rows, classes), np.float32)
     labels = rng.integers(classes, size=rows, dtype=np.int32)
-    if inputs == "confident":
-        sure = np.flatnonzero(np.arange(rows) % 10)
-        logits[sure, labels[sure]] = -np.inf
-        logits[sure, labels[sure]] = logits[sure].max(axis=-1) + np.float32(MARGIN)
+    if inputs != "random":
+        chosen = np.arange(rows)
+        leads = np.resize(np.float32(MARGINS), rows)
+        if inputs == "confident":
+            chosen, leads = chosen[chosen % 10 != 0], np.float32(MARGIN)
+        logits[chosen, labels[chosen]] = -np.inf
+        logits[chosen, labels[chosen]] = logits[chosen].max(axis=-1) + leads
     return logits, labels
 
 
@@ -158,7 +170,7 @@ _LOSSES = (FORWARD, VALUE_AND_GRADIENT)
 def _cpu() -> Iterator[Case]:
     for dtype in _DTYPES:
         for shape in _MODELS:
-            for inputs in INPUTS:
+            for inputs in ("random", "confident"):
                 for what in _LOSSES:
                     yield Case(*shape, dtype, inputs, what)
             yield Case(*shape, dtype, "random", STEP)
@@ -249,6 +261,11 @@ def _growth() -> Iterator[Case]:
                 yield Case("B", 2**power, GROWTH_CLASSES, dtype, "random", what)
 
 
+def _accuracy() -> Iterator[Case]:
+    for dtype in _DTYPES:
+        yield Case("margins", 11 * len(MARGINS), 1000, dtype, "margins", FORWARD)
+
+
 def _quick() -> Iterator[Case]:
     shape = ("digits, MNIST", 96, 10)
     yield Case(*shape, "float32", "confident", FORWARD)
@@ -257,13 +274,10 @@ def _quick() -> Iterator[Case]:
     yield Case(*shape, "float32", "random", FUSED, features=4)
 
 
+_CPU_PEERS = ("optax", "jax.nn", "torch", "torch.compile", "tensorflow")
 PRESETS = {
-    "cpu": Preset(
-        tuple(_cpu()),
-        ("optax", "jax.nn", "torch", "torch.compile", "tensorflow"),
-        "cpu",
-        budget=4.0,
-    ),
+    "cpu": Preset(tuple(_cpu()), _CPU_PEERS, "cpu", budget=4.0),
+    "accuracy": Preset(tuple(_accuracy()), _CPU_PEERS, "cpu", budget=0.1),
     "small": Preset(tuple(_small()), ("optax",), "cpu", budget=1.0),
     "gpu": Preset(
         tuple(_gpu()),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import FORWARD, FUSED, OURS, Case, confident_rows
+from benchmarks.cases import FORWARD, FUSED, OURS, Case, groups
 from benchmarks.peers import Contestant, PeerError, first_line, load_factors
 
 _MIN_TURNS, _MAX_TURNS = 3, 20
@@ -207,15 +207,13 @@ def exact_losses(case: Case) -> np.ndarray:
 
 
 def worst_errors(case: Case, losses: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Worst relative error, of rows of order 1 and of confident rows."""
+    """Worst relative error of each group of rows."""
     # The drawn rows repeat, and so do their losses.
     wanted = np.resize(exact, case.batch)
-    sure = np.resize(confident_rows(case), case.batch)
     error = np.abs(losses - wanted) / wanted
     error[np.isnan(error)] = np.inf
-    groups = {"order 1": ~sure, "confident": sure}
     return {
-        name: float(f"{error[rows].max():.3g}")
-        for name, rows in groups.items()
+        name: float(f"{error[np.resize(rows, case.batch)].max():.3g}")
+        for name, rows in groups(case).items()
         if rows.any()
     }

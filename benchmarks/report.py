@@ -19,6 +19,7 @@ from benchmarks.cases import (
     FUSED_WORKSPACE,
     GROWTH_BATCH,
     GROWTH_CLASSES,
+    MARGINS,
     MATMUL,
     OURS,
     STEP,
@@ -31,7 +32,7 @@ Entry = dict[str, Any]
 Key = tuple[str, int, int, str, str, str]
 
 # Of the presets on the page of all tables.
-_ORDER = ("quick", "cpu", "small", "gpu", "linear", "growth", "compiled")
+_ORDER = ("accuracy", "quick", "cpu", "small", "gpu", "linear", "growth", "compiled")
 # Models of the README's table by preset, of few and of many classes; it has to stay
 # small. A preset without an entry is on the page of all tables only.
 _README_MODELS = {
@@ -101,7 +102,7 @@ def for_readme(
     parts = [
         _picture(path, result, root)
         for path, result in newest.values()
-        if result["preset"] == "linear" and _has_plot(result)
+        if result["preset"] == "accuracy"
     ]
     rows = [row for _, result in newest.values() for row in _readme_rows(result)]
     if rows:
@@ -161,6 +162,7 @@ def _jax(result: Result) -> tuple[int, ...]:
 
 def _title(result: Result) -> str:
     kinds = {
+        "accuracy": "Accuracy: ",
         "compiled": "Compiled, not run: ",
         "growth": "Growth of cost: ",
         "linear": "Fused loss: ",
@@ -179,6 +181,8 @@ def _device(result: Result) -> str:
 
 
 def _caption(result: Result) -> str:
+    if result["preset"] == "accuracy":
+        return "Error of the loss against how far the label's logit leads"
     if result["preset"] == "linear":
         return "Time and temporary memory of the fused loss"
     if result["preset"] == "growth":
@@ -191,6 +195,8 @@ def _short(result: Result) -> str:
         return _growth_table(result)
     if result["preset"] == "compiled":
         return _compiled_tables(result)
+    if result["preset"] == "accuracy":
+        return "\n\n".join([_accuracy_table(result), *_remarks(result)])
     tables = []
     if _fused_cases(result):
         tables.append(_fused_table(result))
@@ -514,6 +520,60 @@ def _fused_table(result: Result) -> str:
     return _table(head, rows)
 
 
+# Accuracy.
+
+_SHOWN_MARGINS = (-10, 0, 5, 10, 15, 20, 40, 80)
+
+
+def _accuracy_table(result: Result) -> str:
+    """A row per margin, a column per contestant; `a / b` are the dtypes."""
+    cases = result["cases"]
+    names = [OURS, *_peers(result)]
+    rows = [
+        [
+            str(nats),
+            *(_pair(_error(case, name, nats) for case in cases) for name in names),
+        ]
+        for nats in _SHOWN_MARGINS
+    ]
+    legend = (
+        "Worst relative error of the loss against float64, in "
+        f"{' / '.join(case['dtype'] for case in cases)}. The margin is how many nats "
+        "the label's logit leads by; behind zero the label is not the prediction. An "
+        "error of 1 is a loss of zero."
+    )
+    return f"{legend}\n\n{_table(['margin', *map(_name, names)], rows)}"
+
+
+def _error(case: Any, name: str, nats: float) -> float | None:
+    errors = case["entries"].get(name, {}).get("worst_error", {})
+    return errors.get(f"{nats:g}")
+
+
+def _accuracy_figure(result: Result) -> Any:
+    """The error of the loss against the margin, a column per dtype."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    grid = figure.subplots(1, len(result["cases"]), squeeze=False, sharey="row")
+    for axes, case in zip(grid.flat, result["cases"], strict=True):
+        for name in [*_peers(result), OURS]:
+            points = [(m, e) for m in MARGINS if (e := _error(case, name, m))]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    linewidth=2.2 if name == OURS else 1.2,
+                    color=_COLORS[name],
+                    label=_name(name),
+                )
+        axes.set_yscale("log")
+        axes.set_title(f"{case['dtype']} logits", fontsize=10)
+        axes.set_xlabel("nats by which the label leads")
+    grid[0, 0].set_ylabel("relative error of the loss")
+    _legend(figure, grid.flat)
+    return figure
+
+
 # What compilers made.
 
 
@@ -657,7 +717,11 @@ def _plot(result: Result, path: pathlib.Path) -> None:
         "savefig.transparent": True,
         "svg.hashsalt": "benchmarks",  # the same picture from the same numbers
     }
-    figures = {"growth": _growth_figure, "linear": _fused_figure}
+    figures = {
+        "accuracy": _accuracy_figure,
+        "growth": _growth_figure,
+        "linear": _fused_figure,
+    }
     draw = figures.get(result["preset"], _comparison_figure)
     with mpl.rc_context(settings):
         figure = draw(result)

@@ -97,6 +97,36 @@ def test_report_needs_only_the_json(
 
 
 @pytest.mark.long
+def test_the_error_is_measured_at_every_margin(tmp_path: pathlib.Path) -> None:
+    effort = ("--peers", "optax", "--budget", "0.01", "--shrink", "11")
+    printed = benchmarks("run", "--preset", "accuracy", *effort, "--out", str(tmp_path))
+    assert "| margin | ours | optax |" in printed
+    (path,) = tmp_path.glob("*.json")
+    cases = json.loads(path.read_text("utf-8"))["cases"]
+    assert [case["dtype"] for case in cases] == ["float32", "bfloat16"]
+    for case in cases:
+        ours, theirs = (
+            case["entries"][name]["worst_error"] for name in ("jaxlosses", "optax")
+        )
+        assert list(map(float, ours)) == list(range(-10, 81))
+        assert max(ours.values()) < 4e-6
+        assert theirs["20"] == theirs["80"] == 1
+
+
+def test_the_error_is_drawn_against_the_margin(tmp_path: pathlib.Path) -> None:
+    (kept,) = (ROOT / "benchmarks" / "results").glob("cpu-*-accuracy.json")
+    path, readme = tmp_path / kept.name, tmp_path / "README.md"
+    path.write_text(kept.read_text("utf-8"), "utf-8")
+    readme.write_text(f"{START}\n{END}\n", "utf-8")
+    report.report([path], readme, tmp_path / "tables.md")
+    assert f"]({path.with_suffix('.svg').name})" in readme.read_text("utf-8")
+    curves = path.with_suffix(".svg").read_text("utf-8").count('<g id="line2d_')
+    # Of two dtypes: ours and five peers, beside a tick or a grid line here and there.
+    assert curves > 2 * 6
+    assert "| 20 | " in (tmp_path / "tables.md").read_text("utf-8")
+
+
+@pytest.mark.long
 def test_the_gpu_preset_runs_in_small_on_a_cpu(tmp_path: pathlib.Path) -> None:
     preset = ("--preset", "gpu", "--device", "cpu", "--shrink", "256")
     effort = ("--peers", "optax", "--budget", "0.01", "--out", str(tmp_path))
