@@ -170,7 +170,7 @@ def linear_softmax_kl_divergence(
 
 
 def _teacher(
-    hidden: Tree, kernel: Tree, bias: Tree, layout: Layout, batch: Tree, classes: Tree
+    hidden: Tree, kernel: Tree, bias: Tree, layout: Tree, batch: Tree, classes: Tree
 ) -> Head:
     """The factors of its logits, as constants."""
     hidden = _checks.hidden(hidden, "teacher_hidden")

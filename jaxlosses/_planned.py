@@ -1,12 +1,13 @@
 """What a fused loss is going to do: for people, and for tests."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from jaxlosses import _checks
 from jaxlosses._backends import plan as plans
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     materialised_bytes: int
 
 
+@_checks.has_own_messages
 def plan(
     hidden: Tree,
     kernel: Tree,
@@ -98,12 +100,18 @@ def plan(
     Source:
         The strategies of `linear_softmax_cross_entropy`.
     """
+    hidden = _shape_of(_checks.hidden, hidden)
+    layout = _checks.kernel_layout(kernel_layout)
+    of_features = functools.partial(
+        _checks.kernel, layout=layout, features=hidden.shape[-1]
+    )
+    head = Head(hidden, _shape_of(of_features, kernel), None)
     asked = _checks.strategy(strategy)
+    forward_mode = _checks.flag("forward_mode", forward_mode)
+    distributions = _checks.flag("distributions", distributions)
     every_class = _checks.DISTRIBUTIONS if distributions else None
     _checks.suits(asked, _checks.reduction(reduction), every_class, forward_mode)
     on = _checks.platform(platform, tuple(_PLATFORMS)) or default_platform()
-    head = Head(_shape_of(hidden), _shape_of(kernel), None)
-    layout = _checks.kernel_layout(kernel_layout)
     matmul = matmul_of(layout, head, _checks.compute_dtype(compute_dtype))
     request = plans.Request(distributions, reduction != "none", forward_mode)
     workspace = _checks.workspace_bytes(workspace_bytes)
@@ -111,7 +119,7 @@ def plan(
     kind = _PLATFORMS.get(on, "gpu")
     chosen = found.of(kind)
     sizes = plans.sizes_of(matmul, head)
-    examples, classes = math.prod(hidden.shape[:-1]), classes_of(kernel_layout, kernel)
+    examples, classes = math.prod(hidden.shape[:-1]), classes_of(layout, head.kernel)
     if way == "vocab":
         piece = chosen.piece or -(-classes // chosen.num_chunks)
         shape = (examples, piece)
@@ -127,7 +135,10 @@ def plan(
     )
 
 
-def _shape_of(x: Tree) -> Tree:
-    if not hasattr(x, "shape"):
-        x = np.asarray(x)
-    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
+def _shape_of(checked: Callable[[Tree], Array], x: Tree) -> jax.ShapeDtypeStruct:
+    """Of what passes a check, which may be a shape alone."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        x = jax.eval_shape(checked, x)
+    else:
+        x = checked(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
