@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 BENCH_ARGS ?=
+PROPERTIES := tests/test_properties.py
 NOTEBOOKS ?= logits one_function digits classifiers language_model policy_gradient \
   distillation sharding your_own
 
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo distillation language-model policy-gradient quick test test-long \
-  bench lint notebooks docs docs-test clean
+  fuzz bench lint notebooks docs docs-test clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,11 @@ test: $(VENV)/.test  ## Run the tests and the examples in docstrings and README
 
 test-long: $(VENV)/.test  ## Run what sweeps longer: all options, dtypes and sizes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m long
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --hypothesis-profile long $(PROPERTIES)
+
+fuzz: $(VENV)/.test  ## Draw new calls without end, until one is wrong
+	while $(BIN)/python -m pytest $(PYTEST_ARGS) --hypothesis-profile fuzz \
+	  $(PROPERTIES); do :; done
 
 # PyTorch and TensorFlow take part where they are installed into $(VENV).
 bench: $(VENV)/.bench  ## Measure time, memory and accuracy beside other libraries

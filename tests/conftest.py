@@ -4,6 +4,7 @@ import collections
 import os
 import tempfile
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Of tests/test_properties.py. `--hypothesis-profile` chooses another.
+_DRAWS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+_SAME = {"derandomize": True, "database": None}
+hypothesis.settings.register_profile("short", max_examples=3, **_SAME, **_DRAWS)
+hypothesis.settings.register_profile("long", max_examples=150, **_SAME, **_DRAWS)
+hypothesis.settings.register_profile("fuzz", max_examples=150, **_DRAWS)
+hypothesis.settings.load_profile("short")
 
 
 @pytest.fixture

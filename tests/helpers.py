@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from tolerances import accumulated, assert_gradient, assert_loss
 
 import jaxlosses as jl
 
@@ -169,6 +170,96 @@ def scale_terms(
     terms = oracle.gradients(capped, labels, cotangent=size, **uncapped)["logits_terms"]
     terms = terms / abs(float(options["logit_scale"]))
     return np.sum(np.where(terms == 0, 0, terms * abs(capped)))
+
+
+@functools.cache
+def compiled(
+    kind: str, static: tuple[tuple[str, Any], ...], local: bool = False
+) -> Callable[..., Any]:
+    """Value and gradients as one program, kept for the next call of its shapes.
+
+    `local` runs it inside a `shard_map` over one device, where a loss may loop over
+    blocks of rows, as it does in a process of one CPU device.
+    """
+
+    def value_and_gradients(
+        differentiated: dict[str, jax.Array],
+        fixed: dict[str, jax.Array],
+        cotangent: jax.Array,
+    ) -> Any:
+        def loss(arrays: dict[str, jax.Array]) -> jax.Array:
+            return LOSSES[kind](**arrays, **fixed, **dict(static))
+
+        value, pull = jax.vjp(loss, differentiated)
+        return value, pull(cotangent)[0]
+
+    if local:
+        value_and_gradients = on_one_device(value_and_gradients)
+    return jax.jit(value_and_gradients)
+
+
+def check(
+    logits: Any,
+    labels: Any,
+    *,
+    name: str | None = None,
+    dtype: str = "float32",
+    forward_mode: bool = False,
+    local: bool = False,
+    compared: tuple[str, ...] = ("logits", "labels", *DIFFERENTIATED),
+    **options: Any,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Loss and all gradients, after a comparison with the exact ones.
+
+    Floating arguments are rounded to `dtype` (logits), or to what it is accumulated
+    in; exact is the loss of the rounded arguments. Integers are class ids. The loss is
+    that of `name`, by default the one on logits that takes such labels.
+    """
+    labels = np.asarray(labels)
+    ids_given = np.issubdtype(labels.dtype, np.integer)
+    name = name or ("integer" if ids_given else "dense")
+    wide = accumulated(dtype)
+    logits = np.asarray(logits, np.float64).astype(jnp.dtype(dtype))
+    labels = labels if ids_given else labels.astype(wide)
+    arrays = {"logits": logits}
+    fixed = {"labels": labels} if ids_given else {}
+    if not ids_given:
+        arrays["labels"] = labels
+    for key in DIFFERENTIATED:
+        if key in options:
+            options[key] = np.asarray(options[key], wide)
+            arrays[key] = options[key]
+    if options.get("where") is not None:
+        fixed["where"] = np.asarray(options["where"])
+    keys = ("axis", "ignore_index", "logit_softcap", "reduction")
+    static = {key: options[key] for key in keys if key in options}
+    if forward_mode:
+        static["forward_mode"] = True
+
+    exact = oracle.loss(logits, labels, **options)
+    cotangent = np.resize([1.0, -0.5, 2.0, -1.0, 0.25], exact.shape).astype(wide)
+    run = compiled(name, tuple(static.items()), local)
+    with jax.enable_x64(dtype == "float64"):
+        loss, gradients = run(arrays, fixed, cotangent)
+    assert_loss(loss, exact, dtype)
+    exact_gradients = exact_derivatives(logits, labels, cotangent, options)
+    if name.startswith("fused") and "weights" in options:
+        # An example of weight 0 is left out, where the oracle has its loss.
+        out = options["weights"] == 0
+        exact_gradients["weights"] = tuple(
+            np.where(out, 0, x) for x in exact_gradients["weights"]
+        )
+    assert gradients.keys() == arrays.keys()
+    for key, gradient in gradients.items():
+        assert gradient.dtype == arrays[key].dtype, key
+        if key not in compared:
+            continue
+        value, terms = exact_gradients[key]
+        # Which of the parameters a bad example spoils is not promised.
+        if np.isnan(exact).any() and key not in ("logits", "labels", "weights"):
+            continue
+        assert_gradient(gradient, value, dtype, terms, f"gradient by {key}")
+    return np.asarray(loss), {k: np.asarray(v) for k, v in gradients.items()}
 
 
 def assert_all_zero(*arrays: Any) -> None:

@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,18 +16,18 @@ import numpy as np
 import oracle
 import pytest
 from helpers import (
-    DIFFERENTIATED,
     LOSSES,
     MARGINS,
     TAKE_IDS,
     assert_all_zero,
+    check,
+    compiled,
     confident,
-    exact_derivatives,
     on_one_device,
     sweep,
     turns,
 )
-from tolerances import TABLE, accumulated, assert_gradient, assert_loss
+from tolerances import TABLE, accumulated, assert_gradient
 
 import jaxlosses as jl
 from jaxlosses._backends import cpu
@@ -46,96 +45,6 @@ kinds_and_registrations = pytest.mark.parametrize(
 )
 
 NAN, INF = math.nan, math.inf
-
-
-@functools.cache
-def compiled(
-    kind: str, static: tuple[tuple[str, Any], ...], local: bool = False
-) -> Callable[..., Any]:
-    """Value and gradients as one program, kept for the next call of its shapes.
-
-    `local` runs it inside a `shard_map` over one device, where a loss may loop over
-    blocks of rows, as it does in a process of one CPU device.
-    """
-
-    def value_and_gradients(
-        differentiated: dict[str, jax.Array],
-        fixed: dict[str, jax.Array],
-        cotangent: jax.Array,
-    ) -> Any:
-        def loss(arrays: dict[str, jax.Array]) -> jax.Array:
-            return LOSSES[kind](**arrays, **fixed, **dict(static))
-
-        value, pull = jax.vjp(loss, differentiated)
-        return value, pull(cotangent)[0]
-
-    if local:
-        value_and_gradients = on_one_device(value_and_gradients)
-    return jax.jit(value_and_gradients)
-
-
-def check(
-    logits: Any,
-    labels: Any,
-    *,
-    name: str | None = None,
-    dtype: str = "float32",
-    forward_mode: bool = False,
-    local: bool = False,
-    compared: tuple[str, ...] = ("logits", "labels", *DIFFERENTIATED),
-    **options: Any,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Loss and all gradients, after a comparison with the exact ones.
-
-    Floating arguments are rounded to `dtype` (logits), or to what it is accumulated
-    in; exact is the loss of the rounded arguments. Integers are class ids. The loss is
-    that of `name`, by default the one on logits that takes such labels.
-    """
-    labels = np.asarray(labels)
-    ids_given = np.issubdtype(labels.dtype, np.integer)
-    name = name or ("integer" if ids_given else "dense")
-    wide = accumulated(dtype)
-    logits = np.asarray(logits, np.float64).astype(jnp.dtype(dtype))
-    labels = labels if ids_given else labels.astype(wide)
-    arrays = {"logits": logits}
-    fixed = {"labels": labels} if ids_given else {}
-    if not ids_given:
-        arrays["labels"] = labels
-    for key in DIFFERENTIATED:
-        if key in options:
-            options[key] = np.asarray(options[key], wide)
-            arrays[key] = options[key]
-    if options.get("where") is not None:
-        fixed["where"] = np.asarray(options["where"])
-    keys = ("axis", "ignore_index", "logit_softcap", "reduction")
-    static = {key: options[key] for key in keys if key in options}
-    if forward_mode:
-        static["forward_mode"] = True
-
-    exact = oracle.loss(logits, labels, **options)
-    cotangent = np.resize([1.0, -0.5, 2.0, -1.0, 0.25], exact.shape).astype(wide)
-    run = compiled(name, tuple(static.items()), local)
-    with jax.enable_x64(dtype == "float64"):
-        loss, gradients = run(arrays, fixed, cotangent)
-    assert_loss(loss, exact, dtype)
-    exact_gradients = exact_derivatives(logits, labels, cotangent, options)
-    if name.startswith("fused") and "weights" in options:
-        # An example of weight 0 is left out, where the oracle has its loss.
-        out = options["weights"] == 0
-        exact_gradients["weights"] = tuple(
-            np.where(out, 0, x) for x in exact_gradients["weights"]
-        )
-    assert gradients.keys() == arrays.keys()
-    for key, gradient in gradients.items():
-        assert gradient.dtype == arrays[key].dtype, key
-        if key not in compared:
-            continue
-        value, terms = exact_gradients[key]
-        # Which of the parameters a bad example spoils is not promised.
-        if np.isnan(exact).any() and key not in ("logits", "labels", "weights"):
-            continue
-        assert_gradient(gradient, value, dtype, terms, f"gradient by {key}")
-    return np.asarray(loss), {k: np.asarray(v) for k, v in gradients.items()}
 
 
 # Accuracy
@@ -273,6 +182,7 @@ def test_every_digit_is_right_for_confident_mistakes(option: str, kind: str) -> 
         check(logits, labels, **make_options(option, kind, ids, classes))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("dtype", "option", "kind"),
     sweep(
@@ -303,6 +213,7 @@ def in_blocks() -> tuple[np.ndarray, np.ndarray]:
     return logits, ids
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("kind", "dtype", "option"),
     sweep(
@@ -341,6 +252,7 @@ def test_every_digit_is_right_in_one_block_in_cache(
     check(logits[:0], labels[:0], local=True)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("classes", "dtype"), [(27, "float32"), (1003, "bfloat16")])
 def test_every_digit_is_right_by_exponentials_of_both_passes(
     classes: int, dtype: str
@@ -525,6 +437,7 @@ def test_gradient_by_the_scale_is_right_for_each_confident_row() -> None:
     assert_gradient(got, exact, "float32", terms)
 
 
+@pytest.mark.alternate
 @both_kinds
 def test_gradient_of_a_row_sums_to_zero(kind: str) -> None:
     logits, ids = confident(1000)
@@ -661,6 +574,7 @@ def test_example_weights_enter_every_reduction(kind: str, reduction: str) -> Non
         check(logits, labels, **options, ignore_index=int(labels[1]))
 
 
+@pytest.mark.alternate
 @both_kinds
 def test_python_numbers_are_the_same_options_as_arrays(kind: str) -> None:
     logits, labels = small(kind)
@@ -751,7 +665,7 @@ def valid_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(found, ids, mask.argmax(-1)).astype(ids.dtype)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @both_kinds
 @pytest.mark.parametrize("axis", [0, (2, 0), (0, 2)], ids=str)
 def test_mask_of_the_batch_masks_examples_for_any_axis(kind: str, axis: Any) -> None:
@@ -763,6 +677,7 @@ def test_mask_of_the_batch_masks_examples_for_any_axis(kind: str, axis: Any) -> 
     assert np.all(loss[where] > 0)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 1, 4), (1, 1, 4)])
 def test_a_distribution_is_shared_along_batch_axes_of_size_one(
     shape: tuple[int, ...],
@@ -872,7 +787,7 @@ by_options = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize(("dtype", "classes", "label"), BAD_LABELS)
 def test_a_label_that_is_no_class_is_nan_in_loss_and_in_its_whole_gradient_row(
     dtype: str, classes: int, label: int
@@ -992,6 +907,7 @@ def test_a_label_that_its_dtype_cannot_hold_ignores_nothing() -> None:
     assert np.all(loss > 0)
 
 
+@pytest.mark.alternate
 @both_kinds
 @by_options
 def test_an_example_of_weight_zero_has_loss_and_gradient_exactly_zero(
@@ -1055,6 +971,7 @@ def test_an_invalid_example_of_weight_zero_does_not_count(kind: str) -> None:
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.alternate
 @kinds_and_registrations
 def test_minus_infinity_is_a_class_of_probability_zero(
     kind: str, forward_mode: bool
@@ -1101,6 +1018,7 @@ def test_a_diverged_example_is_nan_and_no_other(
     assert_only_row_1_is_nan(logits, labels, forward_mode=forward_mode)
 
 
+@pytest.mark.alternate
 @both_registrations
 def test_a_class_weight_of_zero_hides_no_bad_example(forward_mode: bool) -> None:
     logits, _ = small("integer", (4, 5))
@@ -1169,6 +1087,7 @@ def test_a_masked_class_may_hold_anything(
         assert np.all(np.isfinite(gradient)), name
 
 
+@pytest.mark.alternate
 @by_options
 @kinds_and_registrations
 def test_an_example_without_a_class_has_loss_and_gradient_zero(
@@ -1188,6 +1107,7 @@ def test_an_example_without_a_class_has_loss_and_gradient_zero(
         assert np.all(loss[[0, 2, 3]] != 0)
 
 
+@pytest.mark.alternate
 @kinds_and_registrations
 def test_mean_over_nothing_is_zero_with_gradient_zero(
     kind: str, forward_mode: bool
@@ -1221,7 +1141,7 @@ def test_mean_of_nothing_but_bad_examples_is_nan() -> None:
     assert np.isnan(loss)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @both_kinds
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_example_is_no_loss_and_a_mean_of_zero(kind: str, dtype: str) -> None:
@@ -1235,6 +1155,7 @@ def test_no_example_is_no_loss_and_a_mean_of_zero(kind: str, dtype: str) -> None
         assert gradients["logits"].shape == (0, 5)
 
 
+@pytest.mark.alternate
 @both_kinds
 def test_no_class_is_a_loss_of_zero(kind: str) -> None:
     logits = np.zeros((3, 0), np.float32)
@@ -1371,6 +1292,7 @@ def test_prediction_is_the_flattened_class(kind: str, axis: Any) -> None:
     np.testing.assert_array_equal(stats.correct, predicted == ids)
 
 
+@pytest.mark.alternate
 @both_kinds
 def test_stats_change_no_gradient_and_have_none(kind: str) -> None:
     logits, labels = small(kind)
