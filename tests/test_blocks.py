@@ -74,6 +74,7 @@ def test_blocks_give_the_statistics_of_the_whole(
             np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
     rng = np.random.default_rng(0)
@@ -196,7 +197,7 @@ def test_what_a_sample_cannot_serve_is_told() -> None:
     np.testing.assert_array_equal(safe, [False] * 7 + [True] * 2)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("num_classes", [1000, 1024])
 @pytest.mark.parametrize("outlier", [40.0, 3e38, -3e38, np.inf, np.nan])
 def test_one_row_that_no_sample_serves_spoils_none(

@@ -356,7 +356,7 @@ def test_a_single_process_loops_over_blocks_of_rows() -> None:
     assert "stablehlo.while" not in text[False]
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     sweep(
@@ -459,7 +459,7 @@ def test_loss_and_gradient_are_right_where_float32_has_no_digits_left() -> None:
     np.testing.assert_allclose(gradient[:, 1], np.exp(-margin), rtol=1e-5)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(("dtype", "kind"), turns(DTYPES, KINDS))
 def test_loss_of_one_class_is_zero_with_gradient_zero(kind: str, dtype: str) -> None:
     logits = np.array([[0.0], [-3.0], [1e4]])
@@ -503,6 +503,7 @@ def small(
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("kind", "weighted", "smoothing", "ignored", "reduction"),
     # One reduction each, in turns.
@@ -558,6 +559,7 @@ def pytorch_cross_entropy(
 
 
 @pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("reduction", "kind"), turns(REDUCTIONS, reversed(KINDS)))
 def test_example_weights_enter_every_reduction(kind: str, reduction: str) -> None:
     logits, labels = small(kind)
@@ -575,6 +577,7 @@ def test_example_weights_enter_every_reduction(kind: str, reduction: str) -> Non
 
 
 @pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @both_kinds
 def test_python_numbers_are_the_same_options_as_arrays(kind: str) -> None:
     logits, labels = small(kind)
@@ -609,6 +612,7 @@ AXES: list[Any] = [-1, 1, -3, (0, 2), (2, 0), (-1, 1), (0, 1, 2), (2, 1, 0), Non
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("axis", "kind"), turns(AXES, KINDS), ids=str)
 def test_classes_are_the_flattened_axes_in_the_order_given(
     kind: str, axis: Any
@@ -633,6 +637,7 @@ def test_classes_are_the_flattened_axes_in_the_order_given(
 
 
 @pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("shape", "kind"),
     turns([(2, 3, 4), (1, 1, 4), (2, 1, 4), (1, 3, 1), (2, 3)], KINDS),
@@ -732,6 +737,7 @@ def test_labels_at_zero_have_the_gradient_of_their_class() -> None:
     np.testing.assert_allclose(gradients["labels"], cotangent * nll, rtol=1e-5)
 
 
+@pytest.mark.without_llvm_passes
 def test_integer_loss_is_the_dense_loss_of_one_hot_labels() -> None:
     logits, ids = small("integer")
     options = {
@@ -1034,6 +1040,7 @@ def test_a_class_weight_of_zero_hides_no_bad_example(forward_mode: bool) -> None
     )
 
 
+@pytest.mark.alternate
 @kinds_and_registrations
 def test_policies_hold_beside_each_other_with_every_option(
     kind: str, forward_mode: bool
@@ -1189,7 +1196,8 @@ def exact_stats(
     return lse, nll, z.argmax(-1)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("dtype", "kind"), turns(DTYPES, KINDS))
 def test_stats_are_metrics_before_smoothing_and_weights(kind: str, dtype: str) -> None:
     logits, ids = small("integer", (6, 5))
@@ -1293,6 +1301,7 @@ def test_prediction_is_the_flattened_class(kind: str, axis: Any) -> None:
 
 
 @pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @both_kinds
 def test_stats_change_no_gradient_and_have_none(kind: str) -> None:
     logits, labels = small(kind)
@@ -1318,7 +1327,7 @@ def test_every_dtype_of_the_table_has_a_reason() -> None:
     assert all(row.why.endswith(".") for row in TABLE.values())
 
 
-@pytest.mark.alternate(6)
+@pytest.mark.alternate(12)
 @pytest.mark.parametrize(
     ("classes", "dtype", "local", "kind"),
     turns([10, 100, 1003], ["float32", "bfloat16"], [False, True], KINDS),

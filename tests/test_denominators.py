@@ -81,7 +81,7 @@ def test_a_mean_over_devices_is_the_mean_of_one_call(name: str, options: str) ->
     assert_exact(problem, *jax.jit(inside)(*arguments))
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_sum_over_devices_is_the_sum_of_one_call(name: str) -> None:
     problem = Problem(name, {})
@@ -96,7 +96,7 @@ def test_a_sum_over_devices_is_the_sum_of_one_call(name: str) -> None:
     np.testing.assert_allclose(value, exact, rtol=3e-6)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_means_of_steps_add_up_to_the_mean_of_all(name: str) -> None:
     problem = Problem(name, {"z_loss": 0.1})
@@ -177,7 +177,7 @@ def test_examples_and_classes_are_split_at_once() -> None:
     assert_exact(problem, value, gradient[:, :V])
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_that_devices_share_have_one_gradient(name: str) -> None:
     """Some devices have nothing to do, while others work through their chunks."""
@@ -205,7 +205,7 @@ def test_weights_that_devices_share_have_one_gradient(name: str) -> None:
     np.testing.assert_allclose(got[1], exact["logit_scale"], rtol=1e-5)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_examples_are_split_by_hand_beside_explicit_axes(name: str) -> None:
     """The caller splits by one axis, and the mesh has another."""

@@ -134,6 +134,7 @@ def test_every_digit_is_right_at_any_distance(
             check("logits", student, teacher, **options)
 
 
+@pytest.mark.alternate
 @by_direction
 def test_a_confident_student_has_the_digits_of_its_own_entry(direction: str) -> None:
     student = np.array([[50.0, 0, 0], [30, 0, -1], [0, 80, 3]], np.float32)
@@ -152,6 +153,7 @@ def test_what_people_write_loses_the_digits_and_the_sign() -> None:
     assert np.max(abs(ours / want - 1)) < 1e-5
 
 
+@pytest.mark.alternate
 @by_direction
 def test_no_divergence_is_negative(direction: str) -> None:
     rng = np.random.default_rng(0)
@@ -275,6 +277,7 @@ class Problem:
 
 
 @pytest.mark.alternate(6)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("strategy", "reduction", "direction", "local"),
     [
@@ -369,7 +372,7 @@ def test_a_given_temperature_and_weight_never_retrace() -> None:
 # Values that are no numbers
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @by_direction
 @pytest.mark.parametrize("name", ["logits", "fused, recompute, given"])
 def test_bad_rows_are_loud_and_alone(name: str, direction: str) -> None:
@@ -400,6 +403,7 @@ def test_bad_rows_are_loud_and_alone(name: str, direction: str) -> None:
     np.testing.assert_array_equal(np.isnan(gradient).any(1), bad)
 
 
+@pytest.mark.alternate
 @by_direction
 def test_mass_against_none_is_infinite_and_none_against_none_nothing(
     direction: str,
@@ -447,6 +451,7 @@ def test_an_example_of_weight_zero_has_no_part_whatever_it_holds() -> None:
             assert_all_zero(d[1][:2])
 
 
+@pytest.mark.without_llvm_passes
 def test_axes_shapes_and_nothing_at_all() -> None:
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
@@ -506,6 +511,7 @@ def test_all_modes_serve_to_second_order(direction: str, cap: float | None) -> N
         np.testing.assert_allclose(mapped, jnp.stack(one), rtol=1e-12)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", ["recompute", "dense"])
 def test_fused_modes(strategy: str) -> None:
@@ -596,6 +602,7 @@ def test_a_fused_divergence_on_an_explicit_mesh(strategy: str, given: bool) -> N
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.without_llvm_passes
 def test_it_is_exported_for_any_sizes_and_platforms() -> None:
     b, v = jax.export.symbolic_shape("b, v")
     logits = jax.ShapeDtypeStruct((b, v), np.float32)

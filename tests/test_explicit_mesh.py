@@ -121,7 +121,7 @@ def check_against_oracle(got: Any, floats: Any, rest: Any) -> None:
         check_close(gradient, exact[name])
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("scores", "dense"), turns(SCORES, [False, True]))
 def test_what_belongs_to_logits_may_be_split_in_any_way(
@@ -383,6 +383,7 @@ def test_what_belongs_to_a_head_may_be_split_in_any_way(
         check_typed_like(gradients, calls[key][0])
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("dense", [False, True])
 def test_no_collective_moves_an_array_of_split_logits(

@@ -71,7 +71,8 @@ def test_a_wide_label_of_one_example_is_no_class() -> None:
         assert np.isnan(integer(jnp.zeros(3), label))
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("ignored", "name"),
     turns([-100, -1, -2, 0, 2, 2**32, 2**40 + 1, -(2**40)], TAKE_IDS),
@@ -90,7 +91,8 @@ def test_ignore_index_is_compared_with_64_bit_labels_as_they_are(
     assert not gradients[labels == ignored].any()
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("largest", "name"),
     turns(
@@ -204,7 +206,8 @@ def test_an_example_of_weight_zero_may_hold_anything(
         assert np.isfinite(gradients[2][1])
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("row", "name"), turns(ROWS, LOSSES))
 def test_statistics_of_an_example_of_weight_zero_are_zeros(name: str, row: str) -> None:
     logits = np.float32([[1.0, 2.0, 0.5], ROWS[row], [0.0, 1.0, -1.0]])
@@ -224,7 +227,7 @@ def test_statistics_of_an_example_of_weight_zero_are_zeros(name: str, row: str) 
     np.testing.assert_array_equal(stats.correct, [False, False, True])
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @by_loss
 def test_a_snippet_with_a_padded_row_of_the_least_float(name: str) -> None:
     logits = np.float32([[1.0, 2.0], [LEAST, LEAST]])
@@ -239,7 +242,7 @@ def test_a_snippet_with_a_padded_row_of_the_least_float(name: str) -> None:
 # A z-loss of zero
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @by_loss
 def test_a_traced_z_loss_of_zero_is_none(name: str) -> None:
     logits = np.float32([[2e19, 0.0, 1.0], [1.0, 2.0, 0.5]])
@@ -268,6 +271,7 @@ def test_a_traced_z_loss_of_zero_is_none(name: str) -> None:
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("factor", "name"), turns([1.0, 10.0, 0.0], TAKE_IDS))
 def test_class_weights_do_not_rescale_the_z_loss_of_a_mean(
     name: str, factor: float
@@ -286,7 +290,7 @@ def test_class_weights_do_not_rescale_the_z_loss_of_a_mean(
     np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @by_loss_of_ids
 def test_gradients_by_both_weights_of_a_mean_with_z_loss_are_exact(name: str) -> None:
     rng = np.random.default_rng(1)
@@ -318,6 +322,7 @@ def test_an_axis_is_any_integer(axis: Any) -> None:
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(("kind", "name"), turns([bool, np.int32, np.uint8], LOSSES))
 def test_weights_may_be_flags_or_whole_numbers(name: str, kind: Any) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -362,7 +367,7 @@ def test_a_mask_that_fits_classes_and_examples_means_classes() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize(
     ("argument", "name"), turns(["logit_scale", "label_smoothing", "z_loss"], LOSSES)
 )
@@ -411,7 +416,8 @@ def test_forward_mode_without_its_option_is_refused_by_name() -> None:
 # Seen right elsewhere, and to be kept right
 
 
-@pytest.mark.alternate(6)
+@pytest.mark.alternate(12)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4", "uint8"])
 @by_loss_of_ids
 def test_narrow_labels_of_more_classes_than_they_can_count(
@@ -458,6 +464,7 @@ def test_a_16_bit_head_has_logits_beyond_its_largest_number(strategy: Any) -> No
         )
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("axis", [1, -1, 0])
 def test_volumes_are_segmented_along_any_axis(axis: int) -> None:
     rng = np.random.default_rng(0)
@@ -475,7 +482,8 @@ def test_volumes_are_segmented_along_any_axis(axis: int) -> None:
     np.testing.assert_allclose(got[1], d, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
+@pytest.mark.without_llvm_passes
 @by_loss
 def test_a_temperature_is_learned(name: str) -> None:
     """As of contrastive models and of calibration: by its logarithm."""
@@ -503,7 +511,8 @@ def test_a_temperature_is_learned(name: str) -> None:
     np.testing.assert_allclose(step(log_scale)[0], np.min(exact), rtol=1e-4)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("name", ["dense", "integer"])
 def test_a_scan_of_masked_and_ignored_rows_under_vmap(name: str, axis: int) -> None:

@@ -207,6 +207,8 @@ NO_CLASS = {
 }
 
 
+@pytest.mark.alternate(3)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("name", NO_CLASS)
 def test_a_label_that_is_no_class_is_nan_in_its_row_alone(name: str) -> None:
     ids = NO_CLASS[name]
@@ -229,6 +231,7 @@ def test_a_label_that_is_no_class_is_nan_in_its_row_alone(name: str) -> None:
         testing.check_labels(ids, 300)
 
 
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("function", [f for f in DEFAULTS if f is not testing.plan])
 def test_a_diverged_row_is_nan_and_no_other_is(

@@ -355,6 +355,7 @@ def test_strided_chunks_have_the_stats_of_their_examples(strategy: str) -> None:
     check(strategy, given, layout="vd", return_stats=True, **options)
 
 
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     "strategy", sweep(["recompute", "vocab"], lambda name: name == "vocab")
 )
@@ -450,7 +451,7 @@ def test_ragged_chunks_carry_no_probability_and_lose_no_digits(
     np.testing.assert_allclose(loss, np.log(classes), rtol=1e-6)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("strategy", "local"),
     sweep(PLACES, lambda *case: case not in [("recompute", False), ("dense", False)]),
@@ -481,6 +482,7 @@ def test_no_example_of_the_last_chunk_counts_twice(strategy: str, local: bool) -
         np.testing.assert_allclose(gradient, expected, atol=2e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(
     ("strategy", "workspace"), [("tokens", 60), ("recompute", 60), ("vocab", 18)]
 )
@@ -508,6 +510,7 @@ def test_a_bfloat16_gradient_of_the_features_sums_in_float32() -> None:
     check("vocab", given, workspace=1)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("strategy", ["tokens", "vocab"])
 def test_a_saturated_cap_has_its_derivative(strategy: str) -> None:
     given = head(seed=3)
@@ -524,7 +527,7 @@ def test_a_saturated_cap_has_its_derivative(strategy: str) -> None:
 IGNORED = np.arange(B) % 3 == 1
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @by_strategy_and_place
 def test_an_ignored_example_leaves_no_trace(strategy: str, local: bool) -> None:
     given = head()
@@ -547,7 +550,7 @@ def test_an_ignored_example_leaves_no_trace(strategy: str, local: bool) -> None:
     )
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @by_strategy_and_place
 def test_nan_features_of_an_example_that_does_not_count_are_harmless(
     strategy: str, local: bool
@@ -592,7 +595,7 @@ def test_each_example_may_have_classes_of_its_own(strategy: str, local: bool) ->
     assert np.all(np.isnan(gradients["hidden"]) == bad[:, None])
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @by_strategy
@@ -627,6 +630,7 @@ def test_classes_of_their_own_on_a_mesh(strategy: str, kind: AxisType) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("shape", [(1, V), (B, 1), (V,), (B,)], ids=str)
 def test_a_mask_broadcasts_to_the_logits_it_would_have(shape: Any) -> None:
@@ -645,7 +649,7 @@ def test_a_mask_broadcasts_to_the_logits_it_would_have(shape: Any) -> None:
 BAD = [0, 3, 12]
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @by_strategy_and_place
 def test_an_invalid_label_is_nan_in_its_row_alone(strategy: str, local: bool) -> None:
     given = head()
@@ -680,7 +684,7 @@ def test_nan_features_of_a_counted_example_are_nan_in_its_row_alone(
 # Distributions
 
 
-@pytest.mark.alternate(4)
+@pytest.mark.alternate(8)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("strategy", "reduction"),
@@ -739,6 +743,8 @@ def test_distributions_are_cut_with_their_examples(
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", ["tokens", "recompute"])
 def test_distributions_of_several_axes_are_shared_along_some(strategy: str) -> None:
     given = head((12, D, 6))
@@ -842,7 +848,8 @@ def test_hessian_vector_products_match_exact_differences(
             np.testing.assert_allclose(have, want, rtol=2e-5, atol=1e-5, err_msg=way)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("strategy", "transform"), turns(STRATEGIES[:-1], ["vmap", "scan", "checkpoint"])
 )
@@ -884,7 +891,7 @@ def test_transformed_losses_are_exact(strategy: str, transform: str) -> None:
     np.testing.assert_allclose(gradients[1], by_kernel, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     ("strategy", "traced"),
     [
@@ -922,7 +929,7 @@ def dots(function: Callable[..., Any], *arguments: Any) -> list[str]:
     return re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", text)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @by_strategy
 def test_a_frozen_kernel_costs_no_matmul(strategy: str) -> None:
     given = head((256, 64, 512))
@@ -1008,6 +1015,7 @@ def equations(
                 yield from equations(inner, here)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("ignore_index", [None, -100])
 @pytest.mark.parametrize("strategy", ["tokens", "recompute"])
 def test_matmuls_of_ignored_examples_can_be_skipped(
@@ -1278,6 +1286,8 @@ def test_a_program_has_the_chunks_of_the_platform_that_it_is_for(platform: str) 
 # Contrastive learning
 
 
+@pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     "strategy",
     sweep(["auto", *STRATEGIES], lambda name: name in ("auto", "tokens", "vocab")),

@@ -474,7 +474,7 @@ class Parts:
         return mean
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize(
     ("strategy", "closes"),
     [

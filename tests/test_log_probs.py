@@ -189,7 +189,7 @@ def test_log_probabilities_are_minus_the_loss_to_the_bit(
             assert np.isnan(alone).sum() == (labels == -1).sum()
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @by_function
 def test_what_does_not_count_is_zero_and_what_cannot_be_is_nan(name: str) -> None:
     rng = np.random.default_rng(0)
@@ -299,6 +299,7 @@ def value_and_gradient(name: str, labels: Any, **options: Any) -> Callable[..., 
     return run
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("margin", [1.0, 40.0])
 def test_classes_and_examples_split_over_devices_give_the_same(margin: float) -> None:

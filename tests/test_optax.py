@@ -175,6 +175,7 @@ def test_smoothing_is_that_of_optax() -> None:
 LOGITS = np.float32([[1.0, 2.0, 3.0], [0.5, 0.0, -0.5]])
 
 
+@pytest.mark.alternate
 @integer_pair
 def test_label_minus_one_is_not_the_last_class(loss: Any, right: bool) -> None:
     labels = jnp.array([-1, 0])
@@ -222,6 +223,7 @@ def test_labels_of_another_shape_do_not_broadcast(shape: tuple[int, ...]) -> Non
             assert optax_dense(logits, labels.astype(jnp.float32)).shape == (2,)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_loss_of_16_bit_logits_is_not_rounded_to_16_bits(dtype: str) -> None:
     logits = make_logits((64, 300)).astype(dtype)
@@ -332,6 +334,7 @@ def test_gradient_does_not_assume_that_labels_sum_to_one() -> None:
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-6)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dense", [False, True])
 def test_z_loss_has_its_cotangent(dense: bool) -> None:
     # T5X drops the cotangent of the z-loss that it returns beside the loss.
@@ -350,6 +353,7 @@ def test_z_loss_has_its_cotangent(dense: bool) -> None:
 # Levanter
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dense", [False, True])
 def test_gradient_through_the_cap_has_the_derivative_of_tanh(dense: bool) -> None:
     # Levanter's backward pass of a capped loss leaves it out.

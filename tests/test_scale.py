@@ -64,7 +64,7 @@ def assert_close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.alternate(4)
+@pytest.mark.alternate(8)
 @pytest.mark.parametrize(
     ("name", "options"),
     sweep(
@@ -224,7 +224,7 @@ def test_transformations(name: str) -> None:
         assert_close(forward, [gradient[1]])
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize(
     ("name", "kind"), turns(LOSSES, [AxisType.Auto, AxisType.Explicit])
 )
@@ -245,7 +245,7 @@ def test_meshes(name: str, kind: AxisType) -> None:
     assert_close(got, jax.tree.leaves(want))
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @pytest.mark.parametrize(
     "strategy",
     sweep(["tokens", "recompute", "vocab", "dense", None], lambda s: s != "dense"),

@@ -144,6 +144,7 @@ def test_a_gradient_taken_inside_is_the_one_taken_outside(
     )
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("axis_name", ["model", ("data", "model")], ids=str)
 def test_confident_rows_keep_their_digits_over_devices(axis_name: Any) -> None:
     rng = np.random.default_rng(0)
@@ -527,6 +528,7 @@ def check_head(
     np.testing.assert_allclose(d_kernel, flat[0].T @ flat[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("shape", "strategy"),
@@ -744,6 +746,8 @@ def test_split_logits_serve_forward_mode_second_derivatives_and_vmap() -> None:
     )
 
 
+@pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("dense", [False, True])
 def test_mean_over_explicit_axes_divides_by_the_weights_of_all_examples(
     dense: bool,

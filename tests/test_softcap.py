@@ -53,7 +53,7 @@ def test_a_difference_has_all_its_digits(dtype: str, cap: float) -> None:
     np.testing.assert_array_less(abs(both - want), of_pair * abs(want) + 1e-300)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @dtypes
 @pytest.mark.parametrize("cap", [1e-30, 3.0, 3e38])
 def test_the_cap_holds_at_the_ends_of_the_numbers(dtype: str, cap: float) -> None:
@@ -72,6 +72,7 @@ def test_the_cap_holds_at_the_ends_of_the_numbers(dtype: str, cap: float) -> Non
     np.testing.assert_array_equal(slope[[2, 5, 6, 7]], 1)
 
 
+@pytest.mark.alternate
 @dtypes
 def test_the_slope_is_exact_where_the_cap_is_reached(dtype: str) -> None:
     a = np.concatenate([np.linspace(-60, 60, 481), [1e-4, 1e-12]]).astype(dtype)

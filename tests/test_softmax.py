@@ -129,7 +129,8 @@ def test_probabilities_sum_to_one(dtype: str) -> None:
     )
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
+@pytest.mark.without_llvm_passes
 @both
 @pytest.mark.parametrize(
     "axis", [-1, 0, 1, (1, 2), (2, 0), (-1, 0), (0, 1, 2), None], ids=str
@@ -275,6 +276,7 @@ def test_derivatives_of_both_modes_and_orders_are_those_of_jax_nn(
             np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.alternate
 @both
 def test_derivatives_match_differences(name: str) -> None:
     rng = np.random.default_rng(4)
@@ -296,6 +298,7 @@ def test_derivatives_match_differences(name: str) -> None:
         np.testing.assert_allclose(second, difference(tangent), atol=1e-10)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_a_log_probability_keeps_its_digits(dtype: str) -> None:
     logits, ids = oracle.confident_logits(
@@ -312,7 +315,7 @@ def test_gradient_of_a_log_probability_keeps_its_digits(dtype: str) -> None:
     )
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(4)
 @both
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_results_are_rounded_once(name: str, dtype: str) -> None:
@@ -327,6 +330,8 @@ def test_16_bit_results_are_rounded_once(name: str, dtype: str) -> None:
     np.testing.assert_array_equal(gradient, wide_gradient.astype(dtype))
 
 
+@pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @both
 def test_outer_transforms_change_nothing(name: str) -> None:
     logits = jnp.asarray(order_one((3, 4)))

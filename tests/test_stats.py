@@ -56,7 +56,7 @@ def labels_of(kind: str, ids: np.ndarray, classes: int) -> np.ndarray:
     return (0.8 * hot + 0.2 / classes).astype(np.float32)
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize("kind", LOSSES)
 def test_metrics_are_of_the_probabilities_with_every_option(kind: str) -> None:
     rng = np.random.default_rng(1)
@@ -143,6 +143,7 @@ def test_only_what_is_named_is_there(name: str) -> None:
     assert len(jax.tree.leaves(none_named)) == len(jax.tree.leaves(plain))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("kind", ["dense", "integer", "fused, tokens"])
 def test_metrics_are_not_differentiated(kind: str) -> None:
     rng = np.random.default_rng(3)
@@ -182,6 +183,7 @@ def test_ranks_are_along_any_class_axes(axis: Any) -> None:
     np.testing.assert_array_equal(stats.rank, (rows > at_label).sum(-1))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("kind", ["dense", "integer", "fused"])
 def test_metrics_of_classes_that_devices_share_are_those_of_all(kind: str) -> None:
     rng = np.random.default_rng(5)

@@ -118,6 +118,7 @@ def test_a_wrong_forward_rule_is_found() -> None:
         check_loss(loss)
 
 
+@pytest.mark.without_llvm_passes
 def test_strict_tells_a_loss_that_cancels_from_one_that_does_not() -> None:
     logits = np.zeros((2, 11))
     logits[0, 4] = 25.0

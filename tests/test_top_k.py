@@ -101,7 +101,7 @@ def check(
 # What they say
 
 
-@pytest.mark.alternate(8)
+@pytest.mark.alternate(16)
 @by_kind
 @pytest.mark.parametrize(("classes", "number"), [(7, 1), (7, 3), (7, 7), (311, 20)])
 def test_losses_are_those_of_the_definition(
@@ -113,7 +113,7 @@ def test_losses_are_those_of_the_definition(
     check("logits", case, bar, rest=rest, as_divergence=as_divergence)
 
 
-@pytest.mark.alternate(12)
+@pytest.mark.alternate(24)
 @pytest.mark.parametrize(
     ("name", "rest", "options"),
     turns(
@@ -153,6 +153,7 @@ def test_sixteen_bits_and_sixty_four(rest: str) -> None:
         check("logits", case, 1e-12, np.float64, rest=rest)
 
 
+@pytest.mark.without_llvm_passes
 def test_all_classes_are_the_dense_loss_and_one_the_loss_of_ids() -> None:
     logits, _, _ = labelled(7, 7)
     rng = np.random.default_rng(0)
@@ -181,6 +182,7 @@ def test_all_classes_are_the_dense_loss_and_one_the_loss_of_ids() -> None:
         np.testing.assert_allclose(found[1], want[1], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("rest", ["ignore", "bucket"])
 def test_what_is_left_keeps_its_digits(rest: str) -> None:
     """A student that is sure of its picks, and a label that is not."""
@@ -224,7 +226,7 @@ def test_divergences_are_not_negative_and_vanish(rest: str) -> None:
 # What cannot be
 
 
-@pytest.mark.alternate(6)
+@pytest.mark.alternate(12)
 @by_rest
 @pytest.mark.parametrize("name", OF_EACH)
 def test_bad_examples_are_loud_and_alone(name: str, rest: str) -> None:
@@ -272,6 +274,7 @@ def test_ids_of_64_bits_are_looked_at_before_they_are_narrowed() -> None:
     np.testing.assert_array_equal(np.isnan(unsigned), [True, False, True, False])
 
 
+@pytest.mark.alternate
 @by_rest
 def test_classes_of_no_probability(rest: str) -> None:
     """As a pick with a label, without one, and as all of the rest."""
@@ -290,6 +293,7 @@ def test_classes_of_no_probability(rest: str) -> None:
     assert_all_zero(gradient[2, 2:])
 
 
+@pytest.mark.alternate
 @by_rest
 def test_nothing_named_and_nothing_at_all(rest: str) -> None:
     logits, ids, probs = labelled(5, 2, 3)
@@ -306,6 +310,7 @@ def test_nothing_named_and_nothing_at_all(rest: str) -> None:
 
 
 @pytest.mark.alternate
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     "name", sweep(LOSSES, lambda name: "recompute" not in name and "dense" not in name)
 )
@@ -334,6 +339,7 @@ def test_statistics_are_those_of_the_likeliest_class(name: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.without_llvm_passes
 def test_axes_are_where_they_are_said_to_be() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 3, 4)).astype(np.float32)
@@ -352,6 +358,7 @@ def test_axes_are_where_they_are_said_to_be() -> None:
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("strategy", "reduction"),
     [
@@ -438,6 +445,7 @@ def test_all_modes_serve_to_second_order(
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @by_rest
 def test_on_meshes_the_values_are_those_of_one_device(
@@ -468,6 +476,7 @@ def test_on_meshes_the_values_are_those_of_one_device(
 
 
 @pytest.mark.alternate(4)
+@pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_classes_split_by_hand(strategy: str) -> None:
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -501,6 +510,7 @@ def test_classes_split_by_hand(strategy: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.without_llvm_passes
 def test_it_is_exported_for_any_sizes_and_platforms() -> None:
     b, d, v = jax.export.symbolic_shape("b, d, v")
     of = jax.ShapeDtypeStruct

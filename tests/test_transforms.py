@@ -248,7 +248,7 @@ def test_both_registrations_agree_to_two_units_in_the_last_place(
             np.testing.assert_allclose(reverse, forward, **REORDERED)
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("way", "kind", "forward_mode"),
@@ -292,6 +292,7 @@ def test_hessian_keeps_the_digits_of_a_confident_row() -> None:
     np.testing.assert_allclose(hessian, expected, rtol=1e-5)
 
 
+@pytest.mark.alternate
 @by_kind_and_registration
 def test_gradient_by_a_weight_of_zero_is_the_gradient_of_its_row(
     kind: str, forward_mode: bool
@@ -393,7 +394,7 @@ def test_jvp_without_forward_mode_is_an_error_that_names_it(kind: str) -> None:
 # What is kept for the backward pass
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("forward_mode", [False, True])
 @by_case
@@ -505,7 +506,7 @@ def test_outer_jit_returns_what_the_call_returns(kind: str, option: str) -> None
     assert_trees_close(jax.jit(gradient)(arguments), gradient(arguments), **REORDERED)
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize(
     ("axis", "kind", "forward_mode"), turns([0, 1, 2], KINDS, [False, True])
@@ -647,6 +648,7 @@ def test_a_rule_knows_what_is_differentiated_whatever_was_before(name: str) -> N
         np.testing.assert_allclose(again, exact[i], **REORDERED)
 
 
+@pytest.mark.alternate
 @pytest.mark.without_llvm_passes
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_changes_no_second_derivative(kind: str) -> None:
@@ -672,7 +674,7 @@ SCHEDULED = {
 }
 
 
-@pytest.mark.alternate
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("traced", [False, True], ids=["float", "array"])
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_another_value_of_an_option_compiles_nothing(name: str, traced: bool) -> None:
@@ -697,6 +699,7 @@ def test_another_value_of_an_option_compiles_nothing(name: str, traced: bool) ->
         assert not np.allclose(a, b, rtol=1e-4)
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
 def test_a_traced_zero_is_the_python_zero(name: str) -> None:
     loss, arguments = problem("integer")
