@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 BENCH_ARGS ?=
+TRUST_ARGS ?=
+# What `make versions` tests: interpreters, and of JAX the oldest and the newest.
+PYTHONS ?= python3.11 python3.12 python3.13
+JAX ?= oldest newest
 PROPERTIES := tests/test_properties.py
 NOTEBOOKS ?= logits one_function digits classifiers language_model policy_gradient \
   distillation sharding your_own
@@ -13,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo distillation language-model policy-gradient quick test test-long \
-  fuzz bench lint notebooks docs docs-test clean
+  fuzz versions trust bench lint notebooks docs docs-test clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +48,20 @@ test-long: $(VENV)/.test  ## Run what sweeps longer: all options, dtypes and siz
 fuzz: $(VENV)/.test  ## Draw new calls without end, until one is wrong
 	while $(BIN)/python -m pytest $(PYTEST_ARGS) --hypothesis-profile fuzz \
 	  $(PROPERTIES); do :; done
+
+versions:  ## Run the tests on each Python and JAX; PYTHONS and JAX choose
+	mkdir -p build
+	floor=$$(sed -n 's/^ *"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml); \
+	  printf 'jax==%s\njaxlib==%s\n' $$floor $$floor > build/oldest.txt
+	: > build/newest.txt
+	for python in $(PYTHONS); do for jax in $(JAX); do \
+	  echo "== $$python, $$jax JAX"; \
+	  PIP_CONSTRAINT=$(CURDIR)/build/$$jax.txt $(MAKE) test PYTHON=$$python \
+	    VENV=build/$$python-$$jax || exit 1; done; done
+
+trust: $(VENV)/.trust  ## Measure what a long run may rely on: memory, bits, the package
+	$(BIN)/python -m benchmarks trust $(TRUST_ARGS)
+	$(BIN)/python -m benchmarks report
 
 # PyTorch and TensorFlow take part where they are installed into $(VENV).
 bench: $(VENV)/.bench  ## Measure time, memory and accuracy beside other libraries
