@@ -5,6 +5,7 @@ operations that any loop vectorises, for float32 on a CPU; other dtypes and plat
 have what JAX has.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxlosses._math import pairs
 from jaxlosses._platform import by_platform, traced_once
-from jaxlosses._types import are_numbers
+from jaxlosses._types import Shape, are_numbers
 
 Values = Float[Array, "..."]
 
@@ -93,6 +94,37 @@ exp.defjvp(_with_slope(exp, lambda x, y: y))
 expm1.defjvp(_with_slope(expm1, lambda x, y: exp(x)))
 log1p.defjvp(_with_slope(log1p, lambda x, y: 1 / (1 + x)))
 one_minus_exp.defjvp(_with_slope(one_minus_exp, lambda x, y: exp(-x)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def fused_sum(a: Values, axes: Shape) -> Values:
+    """The sum along axes, which stay, of numbers that are made for it.
+
+    For a plain sum XLA:CPU calls a library, to which all terms are written first
+    (benchmarks/NOTES.md, "A sum that is not written").
+    """
+
+    def unwritten(a: Values) -> Values:
+        zero = np.zeros((), a.dtype)
+        found = lax.reduce(
+            a,
+            zero,
+            lambda x, y: x + lax.select(lax.eq(y, y), y, jnp.full_like(y, jnp.nan)),
+            axes,
+        )
+        return jnp.expand_dims(found, axes)
+
+    def plain(a: Values) -> Values:
+        return jnp.sum(a, axes, keepdims=True)
+
+    return by_platform(unwritten, plain, a)
+
+
+@fused_sum.defjvp
+def _fused_sum_jvp(
+    axes: Shape, primals: tuple[Values], tangents: tuple[Values]
+) -> tuple[Values, Values]:
+    return fused_sum(*primals, axes), jnp.sum(*tangents, axes, keepdims=True)
 
 
 # On a CPU, and elsewhere.

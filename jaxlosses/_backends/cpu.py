@@ -1,9 +1,9 @@
 """Given logits on a CPU: rows in blocks that are read again from cache.
 
-Four readings: `FEW` of plain logits of few classes, class by class; `once.ONCE` of
-plain logits that fit a block; `BLOCK` of
-rows in cache, by reductions that are fast there; `SAMPLE` the same without a search for
-the largest logit. What each gains, and how it was found, is in benchmarks/NOTES.md.
+Four readings: `once.FEW` of plain logits of few classes, class by class; `once.ONCE` of
+plain logits that fit a block; `BLOCK` of rows in cache, by reductions that are fast
+there; `SAMPLE` the same without a search for the largest logit. What each gains, and
+how it was found, is in benchmarks/NOTES.md.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from jaxlosses._math.classes import (
     Spec,
     Values,
     accumulation_dtype,
+    count_of,
     ids_of_classes,
     is_label,
     largest,
@@ -87,6 +88,9 @@ def evaluate(
     """
     *batch, num_classes = inputs.logits.shape
     plain = _is_plain(spec, inputs)
+    # But for what smoothing sums, which is of any row by itself.
+    nearly = _is_plain(dataclasses.replace(spec, smooth=False), inputs)
+    uneven = inputs.where is not None or inputs.class_weights is not None
     one_axis = dataclasses.replace(spec, axes=(1,))
     inputs = in_rows(inputs)
     num_rows = len(inputs.logits)
@@ -98,14 +102,14 @@ def evaluate(
         out = _of_few(one_axis, inputs)
     elif shares_terms(one_axis, inputs, rows):
         out = statistics.evaluate(one_axis, inputs, once.ONCE)
-    elif spec.dense or spec.smooth or inputs.where is not None:
+    elif spec.dense or inputs.where is not None or (spec.smooth and uneven):
         out = _by_rows(
             lambda block: statistics.evaluate(one_axis, block(), BLOCK), inputs, rows
         )
     else:
-        sampled &= plain
+        sampled &= nearly
         read = _read_sampled if sampled else _read
-        if sampled and num_rows > LARGER * rows:
+        if sampled and not spec.smooth and num_rows > LARGER * rows:
             rows *= LARGER
         part = _by_rows(functools.partial(read, one_axis), inputs, rows)
         # What is left to do per row takes a single loop, and not one per block.
@@ -122,7 +126,7 @@ def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
 
 
 def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
-    out = statistics.evaluate(spec, inputs, FEW)
+    out = statistics.evaluate(spec, inputs, once.FEW)
     if inputs.logits.dtype.itemsize == 2 and inputs.logits.shape[1] < 16:
         return out  # converted one by one: no reduction is fast
     # By a reduction: a comparison of columns would be made anew for each class of the
@@ -135,13 +139,30 @@ def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
 
 def _read(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     """What a loss on class ids needs of each row of a block."""
-    return statistics.partial(spec, block(), None, BLOCK)
+    inputs = block()
+    return _with_slack(spec, inputs, statistics.partial(spec, inputs, None, BLOCK))
+
+
+def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
+    """The same with what smoothing needs, where all classes weigh the same.
+
+    A plain sum, for which XLA:CPU has a library.
+    """
+    if not spec.smooth:
+        return part
+    signed, magnitude = signed_of(inputs)
+    peak = jnp.maximum(part.label, part.rival)
+    base = jnp.where(peak == -jnp.inf, 0, peak)
+    behind = -scaled(gap_of(spec, signed, base), magnitude)
+    slack = total(spec, behind) / count_of(spec, signed.shape)
+    return part._replace(slack=slack, share=jnp.ones_like(slack))
 
 
 def _read_sampled(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     """The same without a search for the largest logit, if a sample is fit."""
     inputs = block()
     part = statistics.partial(spec, inputs, None, SAMPLE)
+    part = _with_slack(spec, inputs, part)
     unsafe = ~is_safe(part)
     if inputs.counted is not None:
         unsafe &= inputs.counted
@@ -241,29 +262,6 @@ def _is_plain(spec: Spec, inputs: Inputs) -> bool:
     if spec.dense or spec.smooth or spec.predicted or spec.softcap is not None:
         return False
     return inputs.where is None and inputs.scale is None and inputs.picks is None
-
-
-def _partial_of_few(
-    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
-) -> Partial:
-    """The same for plain logits of few classes, class by class.
-
-    XLA:CPU makes it one loop over examples, each of whose steps is short
-    (benchmarks/NOTES.md, "Few classes, one by one").
-    """
-    del signed, magnitude  # of plain logits
-    (axis,) = spec.axes
-    logits = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
-    columns = jnp.split(logits, logits.shape[axis], axis)
-    at = [inputs.labels == j for j in range(len(columns))]
-    others = [jnp.where(a, -jnp.inf, z) for a, z in zip(at, columns, strict=True)]
-    rival = functools.reduce(jnp.maximum, others)
-    # Without any, -inf - (-inf) would be NaN.
-    base = jnp.where(rival == -jnp.inf, 0, rival)
-    mass = functools.reduce(jnp.add, [exp(z - base) for z in others])
-    found = [jnp.where(a, z, 0) for a, z in zip(at, columns, strict=True)]
-    label = functools.reduce(jnp.add, found)
-    return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
 
 
 def _partial_of_block(
@@ -390,6 +388,5 @@ def _each(
     return jnp.concatenate(found, 1)
 
 
-FEW = Reading(_partial_of_few, statistics.PLAIN.tail)
 BLOCK = Reading(_partial_of_block, _tail_in_cache)
 SAMPLE = Reading(_partial_of_sample, _tail_in_cache)

@@ -1,4 +1,4 @@
-"""Plain logits of one block on a CPU: exponentials that both passes take.
+"""Plain logits of one block, or of few classes, on a CPU: each exponential once.
 
 A small call is bound by them, and by launches (benchmarks/NOTES.md, "One exponential
 for both passes").
@@ -122,6 +122,29 @@ def _partial_at_once(
     return Partial(gathered(inputs, signed, spec), rival, total(spec, terms))
 
 
+def _partial_of_few(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The same, class by class.
+
+    XLA:CPU makes it one loop over examples, each of whose steps is short
+    (benchmarks/NOTES.md, "Few classes, one by one").
+    """
+    del signed, magnitude  # of plain logits
+    (axis,) = spec.axes
+    logits = inputs.logits.astype(accumulation_dtype(inputs.logits.dtype))
+    columns = jnp.split(logits, logits.shape[axis], axis)
+    at = [inputs.labels == j for j in range(len(columns))]
+    others = [jnp.where(a, -jnp.inf, z) for a, z in zip(at, columns, strict=True)]
+    rival = functools.reduce(jnp.maximum, others)
+    # Without any, -inf - (-inf) would be NaN.
+    base = jnp.where(rival == -jnp.inf, 0, rival)
+    mass = functools.reduce(jnp.add, [exp(z - base) for z in others])
+    found = [jnp.where(a, z, 0) for a, z in zip(at, columns, strict=True)]
+    label = functools.reduce(jnp.add, found)
+    return Partial(jnp.where(inputs.labels < 0, -jnp.inf, label), rival, mass)
+
+
 def gathered(inputs: Inputs, a: Values, spec: Spec) -> Values:
     """The entry at the label, `-inf` without one."""
     (axis,) = spec.axes
@@ -131,4 +154,5 @@ def gathered(inputs: Inputs, a: Values, spec: Spec) -> Values:
     return jnp.where(inputs.labels < 0, -jnp.inf, found)
 
 
+FEW = Reading(_partial_of_few, statistics.PLAIN.tail)
 ONCE = Reading(_partial_at_once, statistics.PLAIN.tail)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
+from jaxlosses._elementary import fused_sum
 from jaxlosses._types import DType, Shape, Size
 
 Values = Float[Array, "..."]
@@ -213,6 +214,8 @@ def uniform_of(spec: Spec, inputs: Inputs, dtype: DType) -> Uniform:
     ones = masked(inputs.where, weighted(jnp.ones(shape, dtype), inputs))
     number = num_classes(spec, inputs, dtype)
     target = ones / number
+    if inputs.class_weights is None:
+        return Uniform(target, (number - 1) * target, number)
     return Uniform(target, sum_of_others(spec, target), number)
 
 
@@ -242,7 +245,8 @@ def sum_of_others(spec: Spec, targets: Values) -> Values:
     """
     of_all = total(spec, targets)
     dominates = targets > of_all / 2
-    rest = total(spec, jnp.where(dominates, 0, targets))
+    below = jnp.where(dominates, 0, targets)
+    rest = spec.shards.sum(fused_sum(below, spec.axes))
     return jnp.where(dominates, rest, of_all - targets)
 
 

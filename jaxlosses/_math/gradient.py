@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxlosses._elementary import (
     exp,
     exp_of_row,
-    expm1,
     kept_per_example,
     one_minus_exp,
 )
@@ -71,7 +71,7 @@ def pullback(
         + g_entropy p_j ((m - z_j) - depth)
 
     `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `p_j - 1` from
-    `expm1`, so that nothing cancels for a confident example; the same for `u`.
+    the spread where it cancels; the same for `u`.
 
     Args:
         spec: what is static.
@@ -117,7 +117,7 @@ def pullback(
         d_z = poison * p if g_spread is None else (g_spread + poison) * p
     elif rest is None:
         targets = targets_of(inputs, p.dtype)
-        minus_rest = expm1(log_p)
+        minus_rest = minus_others(behind, spread, p)
         d_z = g_nll * (sum_of_others(spec, targets) * p + targets * minus_rest)
         d_z = d_z if g_spread is None else d_z + g_spread * p
         d_targets = _of_targets(g_nll, log_p, present, linear)
@@ -127,7 +127,7 @@ def pullback(
             d_class_weights = d_targets * inputs.labels.astype(p.dtype)
     else:
         at_label = is_label(spec, inputs)
-        minus_rest = jnp.where(at_label, -rest, expm1(log_p))
+        minus_rest = minus_others(behind, spread, p)
         d_label, d_other = -g_nll * rest, g_nll
         if g_spread is not None:
             d_label, d_other = d_label + g_spread * exp(-nll), g_nll + g_spread
@@ -160,6 +160,20 @@ def pullback(
         d_logits = softcap.slope(spec.softcap, logits) * d_logits
     d_logits = d_logits.astype(inputs.logits.dtype)
     return Gradients(d_logits, d_labels, d_class_weights, d_scale)
+
+
+@jax.custom_jvp
+def minus_others(behind: Values, spread: Values, p: Values) -> Values:
+    """`p - 1`, with its digits where `p` is near one: at the peak alone."""
+    return jnp.where(behind == 0, -one_minus_exp(spread), p - 1)
+
+
+@minus_others.defjvp
+def _minus_others_jvp(
+    primals: tuple[Values, Values, Values], tangents: tuple[Values, Values, Values]
+) -> tuple[Values, Values]:
+    d_behind, d_spread, _ = tangents
+    return minus_others(*primals), primals[2] * (d_behind - d_spread)
 
 
 def _with_picks(

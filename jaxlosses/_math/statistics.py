@@ -180,13 +180,21 @@ def evaluate(spec: Spec, inputs: Inputs, reading: Reading = PLAIN) -> Statistics
         gap, found = _against_label(spec, inputs, reading)
     peak, spread = found.peak, found.spread
     if spec.smooth:
-        target = uniform_of(spec, inputs, gap.dtype).target
-        smooth = expected(spec, target, spread - gap)
+        smooth = _smooth(spec, inputs, gap, spread)
     if spec.predicted:
         at_peak = signed_of(inputs)[0] == peak
         predicted = jnp.where(jnp.isnan(spread), -1, first(spec, at_peak))
     found = found._replace(smooth=smooth, predicted=predicted)
     return counted_only(found, inputs.counted)
+
+
+def _smooth(spec: Spec, inputs: Inputs, gap: Values, spread: Values) -> Values:
+    """The mean surprise of all classes, each with what it weighs."""
+    uniform = uniform_of(spec, inputs, gap.dtype)
+    if inputs.where is None and inputs.class_weights is None:
+        # One number for all: no product, and none of zero and infinity.
+        return spread + total(spec, -gap) / uniform.num_classes
+    return expected(spec, uniform.target, spread - gap)
 
 
 def _against_label(
