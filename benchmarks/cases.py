@@ -12,12 +12,14 @@ FORWARD = "forward"
 VALUE_AND_GRADIENT = "value-and-gradient"
 STEP = "step"
 FUSED = "fused"
+FIRST_CALL = "first-call"
 # Ceilings of the device: nothing is compared with them in their own case.
 COPY = "copy"
 MATMUL = "matmul"
 
 OURS = "jaxlosses"
 MARGIN = 20.0  # nats between the label and the runner-up in a confident row
+CONTROL, BEHIND = 32, 15.0  # classes that a trained model never predicts
 MARGINS = tuple(float(nats) for nats in range(-10, 81))
 # Values drawn per input, 64 MiB of float32. The rows of a larger one repeat.
 _POOL = 2**24
@@ -34,7 +36,15 @@ INPUTS = {
         "as random, but the label's logit exceeds all others by "
         f"{MARGINS[0]:g} to {MARGINS[-1]:g}, row by row"
     ),
+    "trained": (
+        f"as confident, and the first {CONTROL} classes, as control tokens, "
+        f"{BEHIND:g} below the others"
+    ),
 }
+OPTIONS = (
+    *("plain", "dense labels", "smoothing", "z-loss", "cap", "scale", "mask"),
+    *("class weights", "statistics", "entropy", "forward KL"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +59,11 @@ class Case:
         inputs: a key of `INPUTS`.
         what: `FORWARD` returns one loss per row, `VALUE_AND_GRADIENT` is of their
             mean, `STEP` has the logits come from a matmul and updates both factors,
-            `FUSED` is value and gradient of the mean by both factors.
+            `FUSED` is value and gradient of the mean by both factors, `FIRST_CALL` is
+            to trace, lower and compile `VALUE_AND_GRADIENT`.
         features: inner size of that matmul, so small that it does not dominate.
         workspace_bytes: what our fused loss is given, or None for its default.
+        option: one of `OPTIONS`, compared with what people write by hand.
     """
 
     model: str
@@ -62,6 +74,7 @@ class Case:
     what: str
     features: int = 64
     workspace_bytes: int | None = None
+    option: str = ""
 
     @property
     def shape(self) -> str:
@@ -69,7 +82,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.shape} {self.dtype} {self.inputs} {self.what}"
+        parts = (self.model, self.shape, self.dtype, self.inputs, self.what)
+        return " ".join(filter(None, (*parts, self.option)))
 
     @property
     def logits_bytes(self) -> int:
@@ -113,7 +127,7 @@ def groups(case: Case) -> dict[str, np.ndarray]:
     if case.inputs == "margins":
         own = rows % len(MARGINS)
         return {f"{nats:g}": own == i for i, nats in enumerate(MARGINS)}
-    sure = (rows % 10 != 0) & (case.inputs == "confident")
+    sure = (rows % 10 != 0) & (case.inputs in ("confident", "trained"))
     return {"order 1": ~sure, "confident": sure}
 
 
@@ -124,10 +138,13 @@ def _draw(
     rng = np.random.default_rng((rows, classes, seed))
     logits = rng.standard_normal((rows, classes), np.float32)
     labels = rng.integers(classes, size=rows, dtype=np.int32)
+    if inputs == "trained":
+        logits[:, :CONTROL] -= BEHIND
+        labels = np.maximum(labels, min(CONTROL, classes - 1), dtype=np.int32)
     if inputs != "random":
         chosen = np.arange(rows)
         leads = np.resize(np.float32(MARGINS), rows)
-        if inputs == "confident":
+        if inputs != "margins":
             chosen, leads = chosen[chosen % 10 != 0], np.float32(MARGIN)
         logits[chosen, labels[chosen]] = -np.inf
         logits[chosen, labels[chosen]] = logits[chosen].max(axis=-1) + leads
@@ -191,6 +208,18 @@ def _small() -> Iterator[Case]:
         for shape in _SMALL:
             for what in _LOSSES:
                 yield Case("small", *shape, dtype, "random", what)
+
+
+def _options() -> Iterator[Case]:
+    shapes = (("Llama-2", 2048, 32000), ("ImageNet", 4096, 1000), ("", 256, 1000))
+    for option in OPTIONS:
+        for model, *size in shapes:
+            for what in (*_LOSSES, FIRST_CALL):
+                yield Case(model, *size, "float32", "random", what, option=option)
+    for dtype in _DTYPES:
+        for what in _LOSSES:
+            shape = shapes[0]
+            yield Case(*shape, dtype, "trained", what, option="plain")
 
 
 def _gpu() -> Iterator[Case]:
@@ -278,6 +307,7 @@ _CPU_PEERS = ("optax", "jax.nn", "torch", "torch.compile", "tensorflow")
 PRESETS = {
     "cpu": Preset(tuple(_cpu()), _CPU_PEERS, "cpu", budget=4.0),
     "accuracy": Preset(tuple(_accuracy()), _CPU_PEERS, "cpu", budget=0.1),
+    "options": Preset(tuple(_options()), (), "cpu", budget=2.0),
     "small": Preset(tuple(_small()), ("optax",), "cpu", budget=1.0),
     "gpu": Preset(
         tuple(_gpu()),

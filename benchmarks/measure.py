@@ -48,7 +48,9 @@ class Measurement:
         began = time.monotonic()
         (estimates,) = self._turn(1)
         one_turn = time.monotonic() - began
-        errors = self._errors() if self._case.what in (FORWARD, FUSED) else {}
+        plain = self._case.option in ("", "plain")
+        exact = plain and self._case.what in (FORWARD, FUSED)
+        errors = self._errors() if exact else {}
         if on_gpu:
             calls = {
                 name: min(_MAX_CALLS, math.ceil(_GPU_SAMPLE_MS / max(ms, 1e-3)))

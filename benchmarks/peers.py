@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.cases import (
     COPY,
+    FIRST_CALL,
     FORWARD,
     FUSED,
     MATMUL,
@@ -31,7 +32,7 @@ from benchmarks.cases import (
     Case,
 )
 
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Loss = Callable[[jax.Array, jax.Array], Any]
 Fused = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Inputs = list[tuple[jax.Array, jax.Array]]
 
@@ -97,6 +98,96 @@ _LOSSES: dict[str, Callable[[], Loss]] = {
     OURS: _jaxlosses,
     "optax": _optax,
     "jax.nn": _jax_nn,
+}
+
+
+# With an option: ours, and what people write by hand, `(logits, labels)` to one loss
+# per row, or a pair of it and of statistics. Distributions and the logits of a teacher
+# are in the place of labels.
+
+_SMOOTHING, _Z_LOSS, _CAP, _SCALE = 0.1, 1e-4, 30.0, 1.25
+
+
+def _exists(logits: jax.Array) -> jax.Array:
+    classes = logits.shape[-1]
+    return jnp.arange(classes) < classes - classes // 50 - 1
+
+
+def _weights(logits: jax.Array) -> jax.Array:
+    return 1 + jnp.arange(logits.shape[-1], dtype=jnp.float32) % 3
+
+
+def _with_option(option: str) -> Loss:
+    import jaxlosses as jl
+
+    integer = jl.softmax_cross_entropy_with_integer_labels
+    losses: dict[str, Loss] = {
+        "plain": integer,
+        "dense labels": jl.softmax_cross_entropy,
+        "smoothing": functools.partial(integer, label_smoothing=_SMOOTHING),
+        "z-loss": functools.partial(integer, z_loss=_Z_LOSS),
+        "cap": functools.partial(integer, logit_softcap=_CAP),
+        "scale": functools.partial(integer, logit_scale=_SCALE),
+        "mask": lambda z, y: integer(z, y, where=_exists(z)[None]),
+        "class weights": lambda z, y: integer(z, y, class_weights=_weights(z)),
+        "statistics": functools.partial(integer, return_stats=True),
+        "entropy": lambda z, y: _both(jl.softmax_log_probs(z, y, return_entropy=True)),
+        "forward KL": jl.softmax_kl_divergence,
+    }
+    return losses[option]
+
+
+def _by_hand(option: str) -> Loss:
+    import optax
+
+    integer = optax.softmax_cross_entropy_with_integer_labels
+
+    def smoothed(z: jax.Array, y: jax.Array) -> jax.Array:
+        return integer(z, y) + _SMOOTHING * (_at(z, y) - z.mean(axis=-1))
+
+    def with_statistics(z: jax.Array, y: jax.Array) -> Any:
+        predicted = z.argmax(axis=-1)
+        lse = jax.nn.logsumexp(z, axis=-1)
+        return lse - _at(z, y), (lse, predicted, predicted == y)
+
+    def with_entropy(z: jax.Array, y: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(z)
+        return _both((_at(log_p, y), -(jnp.exp(log_p) * log_p).sum(axis=-1)))
+
+    def divergence(z: jax.Array, teacher: jax.Array) -> jax.Array:
+        log_t = jax.nn.log_softmax(teacher)
+        return (jnp.exp(log_t) * (log_t - jax.nn.log_softmax(z))).sum(axis=-1)
+
+    losses: dict[str, Loss] = {
+        "plain": integer,
+        "dense labels": optax.softmax_cross_entropy,
+        "smoothing": smoothed,
+        "z-loss": lambda z, y: (
+            integer(z, y) + _Z_LOSS * jax.nn.logsumexp(z, axis=-1) ** 2
+        ),
+        "cap": lambda z, y: integer(_CAP * jnp.tanh(z / _CAP), y),
+        "scale": lambda z, y: integer(_SCALE * z, y),
+        "mask": lambda z, y: integer(jnp.where(_exists(z), z, -1e30), y),
+        "class weights": lambda z, y: _weights(z)[y] * integer(z, y),
+        "statistics": with_statistics,
+        "entropy": with_entropy,
+        "forward KL": divergence,
+    }
+    return losses[option]
+
+
+def _at(z: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0]
+
+
+def _both(found: Any) -> jax.Array:
+    log_p, entropy = found
+    return log_p + 0.01 * entropy
+
+
+_OPTIONS: dict[str, Callable[[str], Loss]] = {
+    OURS: _with_option,
+    "by hand": _by_hand,
 }
 
 
@@ -175,6 +266,7 @@ def _floor(case: Case) -> tuple[str, Callable[..., Any]]:
         VALUE_AND_GRADIENT: ("x + 1", lambda z, y: z + 1),
         STEP: ("matmuls", _step(_half_square)),
         FUSED: ("matmuls", _gradients(_half_square_mean)),
+        FIRST_CALL: ("x + 1", lambda z, y: z + 1),
         COPY: ("x + 1", lambda z, y: z + 1),
         MATMUL: ("x @ x", lambda z, y: z @ z),
     }[case.what]
@@ -184,9 +276,16 @@ def _measured(case: Case, loss: Loss) -> Callable[..., Any]:
     """What of a loss a case measures."""
     if case.what == FORWARD:
         return loss
-    if case.what == VALUE_AND_GRADIENT:
-        return jax.value_and_grad(lambda z, y: loss(z, y).mean())
+    if case.what in (VALUE_AND_GRADIENT, FIRST_CALL):
+        return jax.value_and_grad(functools.partial(_mean, loss), has_aux=True)
     return _step(loss)
+
+
+def _mean(loss: Loss, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+    """Of the loss, and what comes beside it."""
+    found = loss(logits, labels)
+    values, beside = found if isinstance(found, tuple) else (found, None)
+    return values.mean(), beside
 
 
 def _step(loss: Loss) -> Callable[..., Any]:
@@ -238,6 +337,27 @@ class _Compiled:
 
     def losses(self) -> np.ndarray:
         return np.asarray(self.result(), np.float64)
+
+
+class _FirstCall:
+    """A JAX function, which each call traces, lowers and compiles."""
+
+    pause = _Compiled.pause
+    process = _Compiled.process
+    temp_bytes = None
+
+    def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
+        self._function, self._inputs = function, inputs[0]
+
+    def time(self, turn: int, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            jax.clear_caches()
+            jax.jit(self._function).lower(*self._inputs).compile()
+        return 1e3 * (time.perf_counter() - start) / calls
+
+    def losses(self) -> np.ndarray:
+        raise NotImplementedError("It is compiled, not called.")
 
 
 class _CompiledStep:
@@ -368,6 +488,8 @@ class Peers:
             }
         if case.what in (COPY, MATMUL):
             return {}
+        if case.option:
+            return {n: _measured(case, of(case.option)) for n, of in _OPTIONS.items()}
         return {name: _measured(case, loss) for name, loss in self._losses.items()}
 
     def contestants(
@@ -383,13 +505,15 @@ class Peers:
         elif case.what == FUSED:
             factors, labels = load_factors(case)
             make = functools.partial(_Compiled, inputs=[(*factors, labels)])
+        elif case.what == FIRST_CALL:
+            make = functools.partial(_FirstCall, inputs=_load(case))
         else:
             make = functools.partial(_Compiled, inputs=_load(case))
         starts: dict[str, Callable[[], Contestant]]
         starts = {name: functools.partial(make, f) for name, f in functions.items()}
         ready: dict[str, Contestant] = {}
         failed = {}
-        if case.what in (FORWARD, VALUE_AND_GRADIENT):
+        if case.what in (FORWARD, VALUE_AND_GRADIENT) and not case.option:
             for name, worker in self._workers.items():
                 starts[name] = functools.partial(_Remote, worker, case)
         for name, start in starts.items():
@@ -427,8 +551,11 @@ def _versions() -> dict[str, str]:
 def _load(case: Case) -> Inputs:
     @jax.jit
     def load(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jnp.tile(logits.astype(case.dtype), (case.repeats, 1))
-        return rows[: case.batch], jnp.tile(labels, case.repeats)[: case.batch]
+        rows = jnp.tile(logits.astype(case.dtype), (case.repeats, 1))[: case.batch]
+        if case.option in ("dense labels", "forward KL"):
+            others = jnp.roll(rows, 1, axis=0)
+            return rows, jax.nn.softmax(others) if "labels" in case.option else others
+        return rows, jnp.tile(labels, case.repeats)[: case.batch]
 
     return [load(*case.pool(turn)) for turn in range(case.turns)]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.cases import (
     COPY,
+    FIRST_CALL,
     FORWARD,
     FUSED,
     FUSED_BATCH,
@@ -32,7 +33,19 @@ Entry = dict[str, Any]
 Key = tuple[str, int, int, str, str, str]
 
 # Of the presets on the page of all tables.
-_ORDER = ("accuracy", "quick", "cpu", "small", "gpu", "linear", "growth", "compiled")
+_ORDER = (
+    "accuracy",
+    "quick",
+    "cpu",
+    "small",
+    "gpu",
+    "linear",
+    "growth",
+    "compiled",
+    "trust",
+)
+# All that is known of these stands there.
+_ON_ONE_PAGE = ("compiled", "trust")
 # Models of the README's table by preset, of few and of many classes; it has to stay
 # small. A preset without an entry is on the page of all tables only.
 _README_MODELS = {
@@ -68,8 +81,9 @@ def report(
     """Writes a page and a plot beside each file, all tables, and the README's part."""
     results = _sorted(files)
     for path, result in results.items():
-        if result["preset"] != "compiled":
+        if result["preset"] not in _ON_ONE_PAGE:
             path.with_suffix(".md").write_text(_page(result), "utf-8")
+        if _has_plot(result):
             _plot(result, path.with_suffix(".svg"))
     tables.write_text(all_tables(results, tables.parent), "utf-8")
     _insert(for_readme(results, readme.parent, tables), readme)
@@ -82,7 +96,7 @@ def all_tables(files: Iterable[pathlib.Path], root: pathlib.Path) -> str:
         section = f"## {_title(result)}\n\n{_short(result)}"
         if _has_plot(result):
             section += f"\n\n{_picture(path, result, root)}"
-        if result["preset"] != "compiled":
+        if result["preset"] not in _ON_ONE_PAGE:
             page = _link(path.with_suffix(".md"), root)
             section += f"\n\n[Every case, with quartiles]({page})"
         sections.append(section)
@@ -153,7 +167,7 @@ def _picture(path: pathlib.Path, result: Result, root: pathlib.Path) -> str:
 def _has_plot(result: Result) -> bool:
     if result["preset"] == "linear":  # of growth
         return bool(_fused_cases(result, growth=True))
-    return result["preset"] != "compiled"
+    return result["preset"] not in (*_ON_ONE_PAGE, "options")
 
 
 def _jax(result: Result) -> tuple[int, ...]:
@@ -166,7 +180,9 @@ def _title(result: Result) -> str:
         "compiled": "Compiled, not run: ",
         "growth": "Growth of cost: ",
         "linear": "Fused loss: ",
+        "options": "Options: ",
         "small": "Small calls: ",
+        "trust": "What a long run may rely on: ",
     }
     kind = kinds.get(result["preset"], "")
     only = f", only '{result['only']}'" if result["only"] else ""
@@ -195,6 +211,10 @@ def _short(result: Result) -> str:
         return _growth_table(result)
     if result["preset"] == "compiled":
         return _compiled_tables(result)
+    if result["preset"] == "trust":
+        return _trust_table(result)
+    if result["preset"] == "options":
+        return "\n\n".join([_options_table(result), *_remarks(result)])
     if result["preset"] == "accuracy":
         return "\n\n".join([_accuracy_table(result), *_remarks(result)])
     tables = []
@@ -574,6 +594,84 @@ def _accuracy_figure(result: Result) -> Any:
     return figure
 
 
+# Options.
+
+
+def _options_table(result: Result) -> str:
+    """A row per option and inputs, a column per shape."""
+    found: dict[tuple[str, str, str], dict[Any, dict[str, Any]]] = {}
+    for case in result["cases"]:
+        row = found.setdefault((case["option"], case["dtype"], case["inputs"]), {})
+        shape = case["batch"], case["classes"]
+        row.setdefault(shape, {})[case["what"]] = case["entries"]
+    shapes = list(dict.fromkeys(shape for row in found.values() for shape in row))
+    kinds: list[tuple[str, Callable[[Any], list[float | None]]]] = [
+        ("time", lambda of: [_by_hand(of, what) for what in _LOSSES]),
+        ("first call", lambda of: [_by_hand(of, FIRST_CALL, inverse=True)]),
+    ]
+    rows = []
+    collected: list[list[list[float | None]]] = []
+    for (option, dtype, inputs), by_shape in found.items():
+        plain = (dtype, inputs) == ("float32", "random")
+        cells = [[figures(by_shape.get(s, {})) for s in shapes] for _, figures in kinds]
+        flat = [cell for kind in cells for cell in kind]
+        if plain:
+            collected.append(flat)
+        entries = by_shape.get(shapes[0], {}).get(VALUE_AND_GRADIENT, {})
+        both = (entries.get(name, {}).get("temp_bytes") for name in (OURS, "by hand"))
+        name = option if plain else f"{option}, {inputs}, {dtype}"
+        rows.append([name, *map(_pair, flat), _join(map(_mib, both))])
+    means = [
+        _pair(map(_geometric_mean, zip(*cells, strict=True)))
+        for cells in zip(*collected, strict=True)
+    ]
+    rows.append(["*geometric mean, float32, random*", *means, ""])
+    head = ["option"]
+    head += [f"{what}, {b}×{v}" for what, _ in kinds for b, v in shapes]
+    head += [f"temporary MiB, ours / by hand, {shapes[0][0]}×{shapes[0][1]}"]
+    legend = (
+        "Beside what people write by hand with Optax and `jax.nn`. Time: theirs "
+        "divided by ours, forward / value and gradient of the mean; above 1 ours is "
+        "faster. "
+        "First call: to trace, lower and compile value and gradient, ours divided by "
+        "theirs. The float32 loss by hand has the errors that the picture shows."
+    )
+    return f"{legend}\n\n{_table(head, rows)}"
+
+
+def _by_hand(of: Any, what: str, *, inverse: bool = False) -> float | None:
+    ratio = _median(of.get(what, {}).get("by hand"), "ratio_to_ours")
+    return 1 / ratio if ratio and inverse else ratio
+
+
+# What a long run may rely on.
+
+
+def _trust_table(result: Result) -> str:
+    """A row per figure."""
+    rows = []
+    for item, figures in result["items"].items():
+        found = {k: v for k, v in figures.items() if k not in _ABOUT}
+        state = "holds" if figures["holds"] else "**does not hold**"
+        rows.append([f"**{item}**, at {figures['revision']}", state])
+        rows += [[key, _figure(value)] for key, value in found.items()]
+    return _table(["figure", "measured"], rows)
+
+
+_ABOUT = ("holds", "seconds", "revision")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k != "holds"}
+        return "; ".join(f"{k}: {_figure(v)}" for k, v in kept.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_figure, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
 # What compilers made.
 
 
@@ -654,6 +752,7 @@ def _page(result: Result) -> str:
     rows = []
     for case in result["cases"]:
         where = f"{case['model']} {case['batch']}×{case['classes']} {case['dtype']}"
+        where += f" {case['option']}" if case.get("option") else ""
         for name, entry in case["entries"].items():
             error = entry.get("worst_error", {})
             rows.append(
