@@ -26,6 +26,9 @@ def main() -> None:
     _add_compile(
         commands.add_parser("compile", help="for a GPU or a TPU, and read the result")
     )
+    _add_trust(
+        commands.add_parser("trust", help="what a long run may rely on; a JSON file")
+    )
     _add_report(commands.add_parser("report", help="render JSON files"))
     arguments = parser.parse_args()
     arguments.command(arguments)
@@ -133,6 +136,35 @@ def _compile(arguments: argparse.Namespace) -> None:
     from benchmarks import compiled
 
     path = compiled.inspect(arguments.target, arguments.out, arguments.shrink)
+    print(report.summary(path))
+    print(path)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    from benchmarks.trust import ITEMS
+
+    parser.set_defaults(command=_trust)
+    parser.add_argument(
+        "items",
+        nargs="*",
+        metavar="ITEM",
+        help=f"{', '.join(ITEMS)}; default: all; a file keeps those not run again",
+    )
+    _add_out(parser)
+
+
+def _trust(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    from benchmarks import trust
+
+    unknown = sorted(set(arguments.items) - set(trust.ITEMS))
+    if unknown:
+        raise SystemExit(
+            f"ITEM: got {', '.join(unknown)}, expected some of "
+            f"{', '.join(trust.ITEMS)}."
+        )
+    path = trust.inspect(arguments.items or trust.ITEMS, arguments.out)
     print(report.summary(path))
     print(path)
 

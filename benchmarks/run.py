@@ -43,7 +43,7 @@ def run(
         "only": only,
         "shrink": shrink,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": _environment(device),
+        "environment": environment(device),
         "versions": {"python": platform.python_version()} | started.versions,
         "absent": started.absent,
         "inputs": INPUTS,
@@ -111,7 +111,7 @@ def _file_name(result: dict[str, Any]) -> str:
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()) for part in parts)
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     first = jax.devices()[0]
     if first.platform != device:
         raise SystemExit(
