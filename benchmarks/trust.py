@@ -409,6 +409,13 @@ def coverage() -> Figures:
     }
 
 
+def mutation() -> Figures:
+    """Small changes to the package that the tests notice."""
+    from benchmarks import mutation
+
+    return mutation.mutation()
+
+
 ITEMS: dict[str, Callable[[], Figures]] = {
     "hostile calls": hostile,
     "long runs": long_runs,
@@ -417,6 +424,7 @@ ITEMS: dict[str, Callable[[], Figures]] = {
     "properties": properties,
     "processes": processes,
     "coverage": coverage,
+    "mutation": mutation,
 }
 
 

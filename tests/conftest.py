@@ -29,17 +29,21 @@ def rng() -> np.random.Generator:
 
 
 # Two thirds of the time is XLA's. What one process has compiled the others take from a
-# folder, which is new for each run: nothing depends on what ran before.
+# folder, which is new for each run, unless JAX was told of one: nothing depends on what
+# ran before.
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return  # a worker has the environment of the process that started it
-    folder = tempfile.TemporaryDirectory(prefix="jaxlosses-")
-    config.add_cleanup(folder.cleanup)
+    name = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if name is None:
+        folder = tempfile.TemporaryDirectory(prefix="jaxlosses-")
+        config.add_cleanup(folder.cleanup)
+        name = folder.name
     # Programs of any size and time.
     settings = {
-        "jax_compilation_cache_dir": folder.name,
+        "jax_compilation_cache_dir": name,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

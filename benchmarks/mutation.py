@@ -1,0 +1,153 @@
+"""How many small changes to the package its tests notice.
+
+cosmic-ray makes the changes. A sample of them, always the same, is tested one by one in
+copies of the checkout, by the tests of the room that is changed.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import queue
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+MUTANTS = 120
+TIMEOUT = 600  # seconds, after which a change counts as noticed
+
+# Rooms, and the tests that say what they do; the first that fits.
+_ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("_math/divergence", "_math/ratios"), ("divergence",)),
+    (("_math/top_k", "_math/picks", "_math/sets"), ("top_k",)),
+    (("_math/softcap", "_math/pairs"), ("softcap", "cross_entropy")),
+    (("_math/online",), ("online", "lowering")),
+    (("_math/tails", "_backends/folds"), ("log_probs", "blocks")),
+    (
+        ("_backends/cpu", "_backends/once", "_backends/logits", "_backends/choose"),
+        ("blocks", "cross_entropy", "log_probs"),
+    ),
+    (("_backends/plan",), ("testing", "linear")),
+    (("_backends/",), ("properties", "linear", "linear_loss")),
+    (("_options", "_combine"), ("denominators", "cross_entropy", "stats")),
+    (("",), ("properties", "cross_entropy", "transforms")),
+)
+_PATHS = ("_math", "_backends", "_rules.py", "_options.py", "_combine.py")
+# Of one operator into another: what people confuse. Others are errors at once, and
+# those of `|` are of annotations.
+_OPERATORS = (
+    *("ReplaceBinaryOperator_Add_Sub", "ReplaceBinaryOperator_Sub_Add"),
+    *("ReplaceBinaryOperator_Mul_Div", "ReplaceBinaryOperator_Div_Mul"),
+    *("ReplaceBinaryOperator_BitAnd_BitOr", "ReplaceUnaryOperator_Delete_USub"),
+    *("ReplaceUnaryOperator_Delete_Invert", "ReplaceUnaryOperator_Delete_Not"),
+    *("ReplaceComparisonOperator_Lt_LtE", "ReplaceComparisonOperator_Lt_Gt"),
+    *("ReplaceComparisonOperator_Gt_GtE", "ReplaceComparisonOperator_Gt_Lt"),
+    *("ReplaceComparisonOperator_LtE_Lt", "ReplaceComparisonOperator_GtE_Gt"),
+    *("ReplaceComparisonOperator_Eq_NotEq", "ReplaceComparisonOperator_NotEq_Eq"),
+    *("ReplaceComparisonOperator_Is_IsNot", "ReplaceComparisonOperator_IsNot_Is"),
+    *("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "AddNot", "NumberReplacer"),
+    *("ReplaceAndWithOr", "ReplaceOrWithAnd"),
+)
+
+
+class Mutant(NamedTuple):
+    """A change, as cosmic-ray numbers it, and where it is."""
+
+    module: str
+    operator: str
+    occurrence: int
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} {self.operator.partition('/')[2]}"
+
+
+def mutation(number: int = MUTANTS, workers: int = 2) -> dict[str, Any]:
+    """Changes, of which tests notice so many."""
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [_copy(pathlib.Path(folder) / str(i)) for i in range(workers)]
+        chosen = _sample(copies[0], number)
+        environment = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        free: queue.Queue[pathlib.Path] = queue.Queue()
+        for copy in copies:
+            free.put(copy)
+
+        def tested(mutant: Mutant) -> bool:
+            copy = free.get()
+            try:
+                return _is_noticed(copy, mutant, environment)
+            finally:
+                free.put(copy)
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            noticed = list(pool.map(tested, chosen))
+    survived = [str(m) for m, known in zip(chosen, noticed, strict=True) if not known]
+    return {
+        "changes": len(chosen),
+        "noticed, %": round(100 * sum(noticed) / len(chosen), 1),
+        "not noticed": survived,
+        "holds": sum(noticed) >= 0.9 * len(chosen),
+    }
+
+
+def _copy(to: pathlib.Path) -> pathlib.Path:
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "__pycache__")
+    shutil.copytree(ROOT, to, ignore=unwanted)
+    return to
+
+
+def _sample(copy: pathlib.Path, number: int) -> list[Mutant]:
+    paths = ", ".join(f'"jaxlosses/{path}"' for path in _PATHS)
+    (copy / "mutation.toml").write_text(
+        f"[cosmic-ray]\nmodule-path = [{paths}]\ntimeout = {TIMEOUT}\n"
+        'excluded-modules = []\ntest-command = ""\n'
+        '[cosmic-ray.distributor]\nname = "local"\n',
+        "utf-8",
+    )
+    _cosmic_ray(copy, "init", "mutation.toml", "mutation.sqlite")
+    with sqlite3.connect(copy / "mutation.sqlite") as session:
+        rows = session.execute(
+            "SELECT module_path, operator_name, occurrence, start_pos_row "
+            "FROM mutation_specs"
+        ).fetchall()
+    found = [Mutant(*row) for row in rows if row[1].partition("/")[2] in _OPERATORS]
+    found.sort()
+    return random.Random(0).sample(found, number)
+
+
+def _cosmic_ray(copy: pathlib.Path, *arguments: str) -> None:
+    command = [str(pathlib.Path(sys.executable).parent / "cosmic-ray"), *arguments]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+
+
+def _is_noticed(
+    copy: pathlib.Path, mutant: Mutant, environment: dict[str, str]
+) -> bool:
+    path = copy / mutant.module
+    original = path.read_text("utf-8")
+    place = (mutant.module, mutant.operator, str(mutant.occurrence))
+    _cosmic_ray(copy, "apply", *place)
+    assert path.read_text("utf-8") != original, mutant
+    room = mutant.module.partition("/")[2]
+    names = next(t for starts, t in _ROOMS if room.startswith(starts))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/test_{name}.py" for name in names]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=os.environ | environment | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        noticed = done.returncode != 0
+    except subprocess.TimeoutExpired:
+        noticed = True
+    path.write_text(original, "utf-8")
+    print("." if noticed else f"\n    not noticed: {mutant}", end="", flush=True)
+    return noticed
