@@ -122,9 +122,10 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_compile)
     parser.add_argument(
         "--target",
-        choices=("h100", "v5e"),
+        choices=("h100", "v5e", "v5e-4x2"),
         required=True,
-        help="needs jax-cuda12-plugin and nvidia-cuda-nvcc-cu12, or libtpu; no device",
+        help="needs jax-cuda12-plugin and nvidia-cuda-nvcc-cu12, or libtpu; no device; "
+        "of the last one, eight chips, only a split head",
     )
     _add_shrink(parser)
     _add_out(parser)
@@ -135,7 +136,10 @@ def _compile(arguments: argparse.Namespace) -> None:
 
     from benchmarks import compiled
 
-    path = compiled.inspect(arguments.target, arguments.out, arguments.shrink)
+    if arguments.target == "v5e-4x2":
+        path = compiled.inspect_eight_chips(arguments.out, arguments.shrink)
+    else:
+        path = compiled.inspect(arguments.target, arguments.out, arguments.shrink)
     print(report.summary(path))
     print(path)
 

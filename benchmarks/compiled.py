@@ -7,7 +7,9 @@ holds can be read.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import run
 from benchmarks.cases import (
@@ -29,9 +31,9 @@ from benchmarks.cases import (
     fused_grid,
     fused_on_gpu,
 )
-from benchmarks.hlo import matmuls, passes, work
+from benchmarks.hlo import collectives, matmuls, passes, work
 from benchmarks.peers import Peers, first_line
-from jaxlosses import testing
+from jaxlosses import linear_softmax_cross_entropy, testing
 
 # Of the data sheet and of what the driver reports.
 _H100 = """
@@ -53,6 +55,7 @@ runtime_version { major: 12 minor: 8 }
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+_STRATEGIES = ("tokens", "recompute", "vocab", "dense")
 # Choosing among matmul kernels would need the chip.
 _CUDA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
@@ -66,9 +69,9 @@ def _h100() -> Any:
     )
 
 
-def _v5e() -> Any:
+def _v5e(shape: str = "2x2") -> Any:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    return topologies.get_topology_desc("v5e:2x2", platform="tpu")
+    return topologies.get_topology_desc(f"v5e:{shape}", platform="tpu")
 
 
 TARGETS: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -137,6 +140,68 @@ def inspect(target: str, out: pathlib.Path, shrink: int = 1) -> pathlib.Path:
             described["plan"] = _plan(case, platform)
         result["cases"].append(described | {"failed": failed, "entries": entries})
     path = out / f"compiled-{target}-jax{jax.__version__}.json"
+    run.write(result, path)
+    return path
+
+
+def inspect_eight_chips(out: pathlib.Path, shrink: int = 1) -> pathlib.Path:
+    """The largest head, its examples over four chips and its classes over two.
+
+    Value and gradient of the mean, on automatic and on explicit axes.
+    """
+    case = next(fused_on_gpu()).shrunk(shrink)
+    B, D, V = case.batch, case.features, case.classes
+    topology = _v5e("4x2")
+    devices = np.array(topology.devices).reshape(4, 2)
+    entries = []
+    kinds, strategies = (AxisType.Auto, AxisType.Explicit), ("auto", *_STRATEGIES)
+    for kind, strategy in itertools.product(kinds, strategies):
+        mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(kind, kind))
+        places = [
+            NamedSharding(mesh, PartitionSpec(*axes))
+            for axes in (("data", None), (None, "model"), ("data",))
+        ]
+        shapes = ((B, D), case.dtype), ((D, V), case.dtype), ((B,), jnp.int32)
+        arguments = [
+            jax.ShapeDtypeStruct(*shape, sharding=place)
+            for shape, place in zip(shapes, places, strict=True)
+        ]
+        loss = functools.partial(
+            linear_softmax_cross_entropy, strategy=strategy, reduction="mean"
+        )
+        function = jax.value_and_grad(loss, (0, 1))
+        with jax.set_mesh(mesh):
+            traced = jax.jit(function, out_shardings=(None, tuple(places[:2]))).trace(
+                *arguments
+            )
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        text = compiled.as_text()
+        entries.append(
+            {
+                "axes": kind.name.lower(),
+                "strategy": strategy,
+                "temp_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+                "largest_moved": collectives(text),
+                "work": dataclasses.asdict(work(text)),
+            }
+        )
+    result = {
+        "preset": "chips",
+        "only": "",
+        "shrink": shrink,
+        "environment": {
+            "platform": "tpu",
+            "device": f"8 x {topology.devices[0].device_kind}",
+            "revision": run.revision(),
+        },
+        "versions": {"jax": jax.__version__} | compilers(),
+        "shape": f"{B}×{D}×{V} {case.dtype}",
+        # Both gradients, in float32, each summed over the axis that it does not have.
+        "ideal_bytes_moved": 4 * (B // 4 * D + D * V // 2),
+        "entries": entries,
+        "cases": [],
+    }
+    path = out / f"chips-v5e-4x2-jax{jax.__version__}.json"
     run.write(result, path)
     return path
 

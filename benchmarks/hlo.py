@@ -180,6 +180,21 @@ def _size(array: tuple[str, int]) -> int:
     return count * (_BYTES.get(dtype) or max(1, int(bits[0]) // 8 if bits else 1))
 
 
+def collectives(text: str) -> dict[str, str]:
+    """The largest array that each kind of collective moves, such as `f32, 64 MiB`."""
+    found: dict[str, tuple[int, str]] = {}
+    for steps in computations(text).values():
+        for step in steps:
+            kind = step.op.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                size, dtype = max((_size(a), a[0]) for a in step.arrays)
+                found[kind] = max(found.get(kind, (0, "")), (size, dtype))
+    return {
+        kind: f"{dtype}, {size / 2**20:.3g} MiB"
+        for kind, (size, dtype) in found.items()
+    }
+
+
 def passes(text: str, size: int) -> dict[str, int]:
     """How often arrays of the logits' size are read, written, and in float32."""
     reads = writes = wide = 0

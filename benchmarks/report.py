@@ -34,18 +34,11 @@ Key = tuple[str, int, int, str, str, str]
 
 # Of the presets on the page of all tables.
 _ORDER = (
-    "accuracy",
-    "quick",
-    "cpu",
-    "small",
-    "gpu",
-    "linear",
-    "growth",
-    "compiled",
-    "trust",
+    *("accuracy", "quick", "cpu", "small", "options", "gpu", "linear", "growth"),
+    *("compiled", "chips", "trust"),
 )
 # All that is known of these stands there.
-_ON_ONE_PAGE = ("compiled", "trust")
+_ON_ONE_PAGE = ("compiled", "chips", "trust")
 # Models of the README's table by preset, of few and of many classes; it has to stay
 # small. A preset without an entry is on the page of all tables only.
 _README_MODELS = {
@@ -177,6 +170,7 @@ def _jax(result: Result) -> tuple[int, ...]:
 def _title(result: Result) -> str:
     kinds = {
         "accuracy": "Accuracy: ",
+        "chips": "Compiled, not run: ",
         "compiled": "Compiled, not run: ",
         "growth": "Growth of cost: ",
         "linear": "Fused loss: ",
@@ -211,6 +205,8 @@ def _short(result: Result) -> str:
         return _growth_table(result)
     if result["preset"] == "compiled":
         return _compiled_tables(result)
+    if result["preset"] == "chips":
+        return _chips_table(result)
     if result["preset"] == "trust":
         return _trust_table(result)
     if result["preset"] == "options":
@@ -722,6 +718,29 @@ def _compiled_tables(result: Result) -> str:
     head += ["launches", "GB", "estimate, ms", "matmuls in the module"]
     parts += [_FUSED_LEGEND, _table(head, rows)]
     return "\n\n".join(parts)
+
+
+def _chips_table(result: Result) -> str:
+    """A row per kind of axes and strategy."""
+    rows = [
+        [
+            f"{entry['axes']}, {entry['strategy']}",
+            _mib(entry["temp_bytes"]),
+            _mib(entry["work"]["bytes_moved"]),
+            _number(entry["work"]["cycles"] / 1e6, 3),
+            "; ".join(f"{k} {v}" for k, v in entry["largest_moved"].items()),
+        ]
+        for entry in result["entries"]
+    ]
+    head = ["axes, strategy", "temporary MiB", "moved, MiB", "million cycles"]
+    head += ["largest array of each collective"]
+    legend = (
+        f"A head of {result['shape']}, its examples over four chips and its classes "
+        "over two, value and gradient of the mean; of each chip. Both gradients in "
+        f"float32 are {_mib(result['ideal_bytes_moved'])} MiB. The program asks for "
+        "sums in float32; where an array is bf16, the compiler has rounded first."
+    )
+    return f"{legend}\n\n{_table(head, rows)}"
 
 
 _FUSED_LEGEND = (
