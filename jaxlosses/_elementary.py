@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlosses._math import pairs
-from jaxlosses._platform import by_platform, traced_once
+from jaxlosses._platform import by_platform, is_local, traced_once
 from jaxlosses._types import Shape, are_numbers
 
 Values = Float[Array, "..."]
@@ -101,7 +101,8 @@ def fused_sum(a: Values, axes: Shape) -> Values:
     """The sum along axes, which stay, of numbers that are made for it.
 
     For a plain sum XLA:CPU calls a library, to which all terms are written first
-    (benchmarks/NOTES.md, "A sum that is not written").
+    (benchmarks/NOTES.md, "A sum that is not written"). Where devices may have parts of
+    the axes, no other sum can be added up.
     """
 
     def unwritten(a: Values) -> Values:
@@ -117,7 +118,7 @@ def fused_sum(a: Values, axes: Shape) -> Values:
     def plain(a: Values) -> Values:
         return jnp.sum(a, axes, keepdims=True)
 
-    return by_platform(unwritten, plain, a)
+    return by_platform(unwritten, plain, a) if is_local() else plain(a)
 
 
 @fused_sum.defjvp
