@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import on_one_device
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from tolerances import assert_gradient, assert_loss
 
 from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
 from jaxlosses._backends import choose, cpu, folds
@@ -177,6 +179,35 @@ def test_a_sampled_rival_costs_no_digits(
     losses, safe = sampled()(inputs)
     assert jnp.all(safe)
     np.testing.assert_allclose(losses, oracle.loss(logits, ids), rtol=2e-6)
+
+
+@pytest.mark.parametrize("beyond", [0.0, 25.0, 60.0])
+def test_smoothing_by_a_sampled_rival_costs_no_digits(
+    monkeypatch: pytest.MonkeyPatch, beyond: float
+) -> None:
+    """Also with classes of no probability, where the loss is infinite."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(19, 1024)).astype(np.float32)
+    ids = rng.integers(1024, size=19)
+    # None of the sample, and for some rows not the label.
+    logits[:, 500] = 3 + np.float32(beyond)
+    ids[::3] = 500
+    logits[7, 300] = -np.inf
+    monkeypatch.setattr(cpu, "BLOCK_SIZE", 2048)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    run = on_one_device(
+        lambda z: jax.value_and_grad(
+            lambda z: loss_fn(z, ids, reduction="sum", **options)
+        )(z)
+    )
+    kept = logits[np.arange(19) != 7]
+    value, gradient = jax.jit(run)(logits)
+    assert value == np.inf
+    ids = np.delete(ids, 7)
+    value, gradient = jax.jit(run)(kept)
+    assert_loss(value, oracle.loss(kept, ids, reduction="sum", **options), "float32")
+    exact = oracle.gradients(kept, ids, reduction="sum", **options)
+    assert_gradient(gradient, exact["logits"], "float32", exact["logits_terms"])
 
 
 def test_what_a_sample_cannot_serve_is_told() -> None:

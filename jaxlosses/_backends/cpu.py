@@ -88,9 +88,9 @@ def evaluate(
     """
     *batch, num_classes = inputs.logits.shape
     plain = _is_plain(spec, inputs)
-    # But for what smoothing sums, which is of any row by itself.
+    # But for what smoothing sums of a row, by whatever it was read.
     nearly = _is_plain(dataclasses.replace(spec, smooth=False), inputs)
-    uneven = inputs.where is not None or inputs.class_weights is not None
+    uneven = spec.smooth and inputs.class_weights is not None
     one_axis = dataclasses.replace(spec, axes=(1,))
     inputs = in_rows(inputs)
     num_rows = len(inputs.logits)
@@ -102,7 +102,7 @@ def evaluate(
         out = _of_few(one_axis, inputs)
     elif shares_terms(one_axis, inputs, rows):
         out = statistics.evaluate(one_axis, inputs, once.ONCE)
-    elif spec.dense or inputs.where is not None or (spec.smooth and uneven):
+    elif spec.dense or uneven or inputs.where is not None:
         out = _by_rows(
             lambda block: statistics.evaluate(one_axis, block(), BLOCK), inputs, rows
         )
