@@ -18,6 +18,8 @@ from jaxtyping import Array
 
 # What a caller gave, of any type.
 Given = Any
+# What has been checked; None is what changes nothing.
+Scalar = Array | float | None
 Size = Any  # an int, or an expression of the symbols of `jax.export`
 Shape = tuple[Size, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -645,17 +647,17 @@ def _ignore_index(x: Given) -> int | None:
     return _integer("ignore_index", x, x, "an int or None", fix)
 
 
-def label_smoothing(x: Given) -> Any:
+def label_smoothing(x: Given) -> Scalar:
     """A fraction, or None for zero."""
     return _scalar("label_smoothing", x, 0.0, 1.0, "a number from 0 to 1, 1 excluded")
 
 
-def z_loss(x: Given) -> Any:
+def z_loss(x: Given) -> Scalar:
     """A coefficient, or None for zero."""
     return _scalar("z_loss", x, 0.0, math.inf, "a finite number of 0 or more")
 
 
-def logit_scale(x: Given, batch: Shape) -> Any:
+def logit_scale(x: Given, batch: Shape) -> Scalar:
     """A factor, of all examples or of each, or None for one."""
     x = _held(x)
     if isinstance(x, jax.Array | np.ndarray) and x.ndim and _is_real(x.dtype):
@@ -747,7 +749,7 @@ def direction(x: Given) -> Any:
     return _one_of("direction", x, _DIRECTIONS, fix)
 
 
-def temperature(x: Given) -> Any:
+def temperature(x: Given) -> Scalar:
     """What divides logits, as their factor; None for one."""
     x = _held(x)
     expected = "a finite number above 0"
@@ -835,7 +837,7 @@ def batch_axis_name(
     return names
 
 
-def normalizer(x: Given, reduction: Given) -> Any:
+def normalizer(x: Given, reduction: Given) -> Scalar:
     """What a mean divides by, or None for its weights."""
     if x is None:
         return None
@@ -857,7 +859,7 @@ def normalizer(x: Given, reduction: Given) -> Any:
         'reduction="mean"',
         "A sum divides by nothing.",
     )
-    return x
+    return float(x) if _is_number(x) else _array("normalizer", x)
 
 
 def _mesh_axes(argument: str, x: Given, what: str, example: str) -> tuple[str, ...]:
@@ -1102,7 +1104,7 @@ def _floating(argument: str, x: Given) -> Array:
 
 def _scalar(
     argument: str, x: Given, low: float, high: float, expected: str, drop: float = 0.0
-) -> Any:
+) -> Scalar:
     """A scalar in `[low, high)`; a Python number equal to `drop` becomes None."""
     x = _held(x)
     if _is_number(x):
@@ -1114,9 +1116,9 @@ def _scalar(
             expected,
             f"{drop:g} switches it off.",
         )
-        return None if x == drop else x
+        return None if x == drop else float(x)
     _is_traced(argument, x, expected)
-    return x
+    return _array(argument, x)
 
 
 def _is_traced(

@@ -16,7 +16,7 @@ that vanishes with them; see `_norms`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,9 @@ def divergence(rule: Rule, operands: Operands) -> Values:
 
 
 @divergence.defjvp
-def _divergence_jvp(rule: Rule, primals: Any, tangents: Any) -> tuple[Values, Values]:
+def _divergence_jvp(
+    rule: Rule, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[Values, Values]:
     (operands,), ((d_student, *_),) = primals, tangents
     norms = _norms(rule, operands)
     value = divergence(rule, operands)
@@ -254,7 +256,9 @@ def _norms(rule: Rule, operands: Operands) -> Norms:
 
 
 @_norms.defjvp
-def _norms_jvp(rule: Rule, primals: Any, tangents: Any) -> tuple[Norms, Norms]:
+def _norms_jvp(
+    rule: Rule, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[Norms, Norms]:
     (operands,), ((d_student, *_),) = primals, tangents
     norms = _norms(rule, operands)
     p = _parts(rule, operands, norms).student
@@ -295,7 +299,11 @@ def _parts(rule: Rule, operands: Operands, norms: Norms) -> Parts:
 
 
 @_parts.defjvp
-def _parts_jvp(rule: Rule, primals: Any, tangents: Any) -> tuple[Parts, Parts]:
+def _parts_jvp(
+    rule: Rule,
+    primals: tuple[Operands, Norms],
+    tangents: tuple[Operands, Norms],
+) -> tuple[Parts, Parts]:
     (operands, _), ((d_student, *_), d_norms) = primals, tangents
     parts = _parts(rule, *primals)
     d = _moved(rule, operands, d_student) - d_norms.spread

@@ -25,7 +25,6 @@ from jaxlosses._math.classes import (
     sum_to,
     targets_of,
     uniform_of,
-    weighted,
 )
 from jaxlosses._math.statistics import Statistics, counted_only
 from jaxlosses._math.transform import gap_of, scaled, with_sign
@@ -122,9 +121,12 @@ def pullback(
         d_z = d_z if g_spread is None else d_z + g_spread * p
         d_targets = _of_targets(g_nll, log_p, present, linear)
         if jnp.issubdtype(inputs.labels.dtype, jnp.floating):
-            d_labels = sum_to(weighted(d_targets, inputs), inputs.labels)
+            d = d_targets
+            if inputs.class_weights is not None:
+                d = _times(inputs.class_weights.astype(p.dtype), d)
+            d_labels = sum_to(d, inputs.labels)
         if inputs.class_weights is not None:
-            d_class_weights = d_targets * inputs.labels.astype(p.dtype)
+            d_class_weights = _times(inputs.labels.astype(p.dtype), d_targets)
     else:
         at_label = is_label(spec, inputs)
         minus_rest = minus_others(behind, spread, p)
@@ -210,6 +212,11 @@ def _of_targets(g: Values, log_p: Values, present: Mask | None, linear: bool) ->
     if not linear:
         surprise = masked(jnp.isfinite(surprise) | (g != 0), surprise)
     return masked(present, g * surprise)
+
+
+def _times(factor: Values, d: Values) -> Values:
+    """The product, in which a factor of zero wins over infinity."""
+    return factor * jnp.where((factor == 0) & jnp.isinf(d), 0, d)
 
 
 def _add(a: Values | None, b: Values) -> Values:

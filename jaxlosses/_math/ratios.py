@@ -4,8 +4,6 @@
 two, so that neither a large ratio nor one near 1 costs digits.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +27,9 @@ def excess(student: Values, teacher: Values, lead: Values) -> Values:
 
 
 @excess.defjvp
-def _excess_jvp(primals: Any, tangents: Any) -> tuple[Values, Values]:
+def _excess_jvp(
+    primals: tuple[Values, Values, Values], tangents: tuple[Values, Values, Values]
+) -> tuple[Values, Values]:
     d_student, d_teacher, _ = tangents
     return excess(*primals), d_teacher - d_student
 
@@ -87,7 +87,9 @@ def log_of_mixture(lead: Values, teacher_weight: Values) -> Values:
 
 
 @log_of_mixture.defjvp
-def _log_of_mixture_jvp(primals: Any, tangents: Any) -> tuple[Values, Values]:
+def _log_of_mixture_jvp(
+    primals: tuple[Values, Values], tangents: tuple[Values, Values]
+) -> tuple[Values, Values]:
     lead, weight = primals
     share = jax.nn.sigmoid(lead + (jnp.log(weight) - jnp.log1p(-weight)))
     return log_of_mixture(*primals), share * tangents[0]

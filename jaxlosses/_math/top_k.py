@@ -10,7 +10,7 @@ example with parts `i`, the last of which is the rest:
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def softmax(spec: Spec, has_rest: bool, parts: Parts) -> Softmax:
 
 @softmax.defjvp
 def _softmax_jvp(
-    spec: Spec, has_rest: bool, primals: Any, tangents: Any
+    spec: Spec, has_rest: bool, primals: tuple[Parts], tangents: tuple[Parts]
 ) -> tuple[Softmax, Softmax]:
     (parts,), (d_parts,) = primals, tangents
     found = softmax(spec, has_rest, parts)
@@ -243,7 +243,9 @@ def cross_entropy(labels: Values, found: Softmax) -> Values:
 
 
 @cross_entropy.defjvp
-def _cross_entropy_jvp(primals: Any, tangents: Any) -> tuple[Values, Values]:
+def _cross_entropy_jvp(
+    primals: tuple[Values, Softmax], tangents: tuple[Values, Softmax]
+) -> tuple[Values, Values]:
     (labels, found), (d_labels, d_found) = primals, tangents
     d = labels * d_found.nll + found.nll * d_labels
     return cross_entropy(labels, found), jnp.sum(d, -1, keepdims=True)
@@ -268,7 +270,9 @@ def relative_entropy(labels: Values, excess: Values, found: Softmax) -> Values:
 
 
 @relative_entropy.defjvp
-def _relative_entropy_jvp(primals: Any, tangents: Any) -> tuple[Values, Values]:
+def _relative_entropy_jvp(
+    primals: tuple[Values, Values, Softmax], tangents: tuple[Values, Values, Softmax]
+) -> tuple[Values, Values]:
     (labels, excess, found), (d_labels, _, d_found) = primals, tangents
     # At a label of 0 that of its entropy is infinite, and left out.
     none = labels == 0
