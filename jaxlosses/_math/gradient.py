@@ -123,10 +123,10 @@ def pullback(
         if jnp.issubdtype(inputs.labels.dtype, jnp.floating):
             d = d_targets
             if inputs.class_weights is not None:
-                d = _times(inputs.class_weights.astype(p.dtype), d)
+                d = _times(inputs.class_weights.astype(p.dtype), d, log_p)
             d_labels = sum_to(d, inputs.labels)
         if inputs.class_weights is not None:
-            d_class_weights = _times(inputs.labels.astype(p.dtype), d_targets)
+            d_class_weights = _times(inputs.labels.astype(p.dtype), d_targets, log_p)
     else:
         at_label = is_label(spec, inputs)
         minus_rest = minus_others(behind, spread, p)
@@ -214,9 +214,9 @@ def _of_targets(g: Values, log_p: Values, present: Mask | None, linear: bool) ->
     return masked(present, g * surprise)
 
 
-def _times(factor: Values, d: Values) -> Values:
-    """The product, in which a factor of zero wins over infinity."""
-    return factor * jnp.where((factor == 0) & jnp.isinf(d), 0, d)
+def _times(factor: Values, d: Values, log_p: Values) -> Values:
+    """The product, in which a factor of zero wins over an infinite surprise."""
+    return factor * jnp.where((factor == 0) & jnp.isinf(log_p), 0, d)
 
 
 def _add(a: Values | None, b: Values) -> Values:
