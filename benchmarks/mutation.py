@@ -17,7 +17,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-MUTANTS = 40
+MUTANTS = 24
 TIMEOUT = 600  # seconds, after which a change counts as noticed
 
 # Rooms, and the tests that say what they do; the first that fits.

@@ -18,8 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _DRAWS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 _SAME = {"derandomize": True, "database": None}
 hypothesis.settings.register_profile("short", max_examples=2, **_SAME, **_DRAWS)
-hypothesis.settings.register_profile("long", max_examples=150, **_SAME, **_DRAWS)
-hypothesis.settings.register_profile("fuzz", max_examples=150, **_DRAWS)
+hypothesis.settings.register_profile("long", max_examples=60, **_SAME, **_DRAWS)
+hypothesis.settings.register_profile("fuzz", max_examples=60, **_DRAWS)
 hypothesis.settings.load_profile("short")
 
 
