@@ -37,7 +37,7 @@ _ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("_backends/plan",), ("testing", "linear")),
     (("_backends/",), ("properties", "linear", "linear_loss")),
     (("_options", "_combine"), ("denominators", "cross_entropy", "stats")),
-    (("",), ("properties", "cross_entropy", "transforms")),
+    (("",), ("properties", "cross_entropy", "transforms", "top_k", "divergence")),
 )
 # What a change of any room may show in: several devices, fused losses, bug reports.
 _OTHERS = ("linear", "sharding", "explicit_mesh", "field", "export")
