@@ -52,7 +52,7 @@ fuzz: $(VENV)/.test  ## Draw new calls without end, until one is wrong
 versions:  ## Run the tests on each Python and JAX; PYTHONS and JAX choose
 	mkdir -p build
 	floor=$$(sed -n 's/^ *"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml); \
-	  printf 'jax==%s\njaxlib==%s\n' $$floor $$floor > build/oldest.txt
+	  test -n "$$floor" && printf 'jax==%s\njaxlib==%s\n' $$floor $$floor > build/oldest.txt
 	: > build/newest.txt
 	for python in $(PYTHONS); do for jax in $(JAX); do \
 	  echo "== $$python, $$jax JAX"; \

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
@@ -312,8 +313,6 @@ print(touched)
 
 
 def _wheel_names(wheel: pathlib.Path) -> list[str]:
-    import zipfile
-
     with zipfile.ZipFile(wheel) as opened:
         return opened.namelist()
 
@@ -392,8 +391,8 @@ def coverage() -> Figures:
         path = pathlib.Path(folder) / "coverage.json"
         kinds = ("--cov", "jaxlosses", "--cov-branch", f"--cov-report=json:{path}")
         held, text = _pytest("tests", *kinds)
-        # The command line, and what only a longer sweep has: several devices at once.
-        names = ("main", "explicit_mesh", "top_k", "divergence")
+        # The command line, and what only a longer sweep has: explicit axes.
+        names = ("main", "explicit_mesh")
         more = [f"tests/test_{name}.py" for name in names]
         also, longer = _pytest(*more, "-m", "long", "--cov-append", *kinds)
         report = json.loads(path.read_text("utf-8"))

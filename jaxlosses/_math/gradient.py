@@ -116,7 +116,7 @@ def pullback(
         d_z = poison * p if g_spread is None else (g_spread + poison) * p
     elif rest is None:
         targets = targets_of(inputs, p.dtype)
-        minus_rest = minus_others(behind, spread, p)
+        minus_rest = _minus_others(behind, spread, p)
         d_z = g_nll * (sum_of_others(spec, targets) * p + targets * minus_rest)
         d_z = d_z if g_spread is None else d_z + g_spread * p
         d_targets = _of_targets(g_nll, log_p, present, linear)
@@ -129,7 +129,6 @@ def pullback(
             d_class_weights = _times(inputs.labels.astype(p.dtype), d_targets, log_p)
     else:
         at_label = is_label(spec, inputs)
-        minus_rest = minus_others(behind, spread, p)
         d_label, d_other = -g_nll * rest, g_nll
         if g_spread is not None:
             d_label, d_other = d_label + g_spread * exp(-nll), g_nll + g_spread
@@ -140,6 +139,7 @@ def pullback(
         d_z = d_z + ((g_entropy * share) * weight) * beyond
     if g_smooth is not None:
         u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
+        minus_rest = _minus_others(behind, spread, p)
         d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)
         if inputs.class_weights is not None:
             d_uniform = _of_targets(g_smooth, log_p, present, linear)
@@ -165,17 +165,17 @@ def pullback(
 
 
 @jax.custom_jvp
-def minus_others(behind: Values, spread: Values, p: Values) -> Values:
+def _minus_others(behind: Values, spread: Values, p: Values) -> Values:
     """`p - 1`, with its digits where `p` is near one: at the peak alone."""
     return jnp.where(behind == 0, -one_minus_exp(spread), p - 1)
 
 
-@minus_others.defjvp
+@_minus_others.defjvp
 def _minus_others_jvp(
     primals: tuple[Values, Values, Values], tangents: tuple[Values, Values, Values]
 ) -> tuple[Values, Values]:
     d_behind, d_spread, _ = tangents
-    return minus_others(*primals), primals[2] * (d_behind - d_spread)
+    return _minus_others(*primals), primals[2] * (d_behind - d_spread)
 
 
 def _with_picks(

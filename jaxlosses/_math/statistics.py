@@ -35,6 +35,7 @@ from jaxlosses._math.classes import (
     label_ids,
     largest,
     masked,
+    num_classes,
     targets_of,
     total,
     uniform_of,
@@ -190,11 +191,10 @@ def evaluate(spec: Spec, inputs: Inputs, reading: Reading = PLAIN) -> Statistics
 
 def _smooth(spec: Spec, inputs: Inputs, gap: Values, spread: Values) -> Values:
     """The mean surprise of all classes, each with what it weighs."""
-    uniform = uniform_of(spec, inputs, gap.dtype)
     if inputs.where is None and inputs.class_weights is None:
         # One number for all: no product, and none of zero and infinity.
-        return spread + total(spec, -gap) / uniform.num_classes
-    return expected(spec, uniform.target, spread - gap)
+        return spread + total(spec, -gap) / num_classes(spec, inputs, gap.dtype)
+    return expected(spec, uniform_of(spec, inputs, gap.dtype).target, spread - gap)
 
 
 def _against_label(
