@@ -28,8 +28,8 @@ FOLDERS = {"_math", "_backends"}
 LAYERS = [
     {"_types"},
     {"_platform", "_math.pairs"},
-    {"_elementary", "_math.softcap"},
-    {"_math.classes"},
+    {"_elementary"},
+    {"_math.classes", "_math.softcap"},
     {"_math.transform", "_math.ratios", "_math.picks", "_sharding"},
     {"_math.tails", "_math.divergence"},
     {"_math.statistics", "_math.sets", "_math.top_k"},

@@ -12,8 +12,8 @@ from jaxlosses._math import pairs, softcap
 
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
-# Bounds of the relative error of a difference and of the same as a pair.
-BOUNDS = {"float32": (1.3e-7, 8e-8), "float64": (4e-16, 3e-16)}
+# Bounds of the relative error of a difference, of the same as a pair, and for a sum.
+BOUNDS = {"float32": (1.3e-7, 8e-8, 1.2e-6), "float64": (4e-16, 3e-16, 3e-15)}
 
 
 def exact(cap: float, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -45,9 +45,11 @@ def test_a_difference_has_all_its_digits(dtype: str, cap: float) -> None:
     with jax.enable_x64(dtype == "float64"):
         got = jax.jit(softcap.difference, static_argnums=0)(cap, a, b)
         pair = jax.jit(softcap.exact_difference, static_argnums=0)(cap, a, b)
-        got, high, low = (np.asarray(x) for x in (got, *pair))
-    of_one, of_pair = BOUNDS[dtype]
-    assert got.dtype == high.dtype == low.dtype == dtype
+        rough = jax.jit(softcap.rough_difference, static_argnums=0)(cap, a, b)
+        got, high, low, rough = (np.asarray(x) for x in (got, *pair, rough))
+    of_one, of_pair, of_sum = BOUNDS[dtype]
+    assert got.dtype == high.dtype == low.dtype == rough.dtype == dtype
+    np.testing.assert_array_less(abs(rough - want), of_sum * abs(want) + 1e-300)
     np.testing.assert_array_less(abs(got - want), of_one * abs(want) + 1e-300)
     both = high.astype(np.longdouble) + low
     np.testing.assert_array_less(abs(both - want), of_pair * abs(want) + 1e-300)
@@ -62,12 +64,14 @@ def test_the_cap_holds_at_the_ends_of_the_numbers(dtype: str, cap: float) -> Non
     with jax.enable_x64(dtype == "float64"):
         logits = jnp.asarray(a, dtype)
         got = np.asarray(softcap.difference(cap, logits, jnp.zeros_like(logits)))
+        rough = softcap.rough_difference(cap, logits, jnp.zeros_like(logits))
         slope = np.asarray(softcap.slope(cap, logits))
     # 1e30 stands for any larger cap.
     limit = min(cap, 1e30)
     want = [-limit, limit * np.tanh(-1 / limit), 0, limit * np.tanh(1 / limit), limit]
     np.testing.assert_allclose(got[:5], want, rtol=1e-6)
     np.testing.assert_array_equal(got[5:], a[5:])
+    np.testing.assert_allclose(rough, got, rtol=2e-6)
     assert np.all(np.isfinite(slope))
     np.testing.assert_array_equal(slope[[2, 5, 6, 7]], 1)
 

@@ -153,7 +153,7 @@ def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
     signed, magnitude = signed_of(inputs)
     peak = jnp.maximum(part.label, part.rival)
     base = jnp.where(peak == -jnp.inf, 0, peak)
-    behind = -scaled(gap_of(spec, signed, base), magnitude)
+    behind = -scaled(gap_of(spec, signed, base, of_sum=True), magnitude)
     slack = total(spec, behind) / count_of(spec, signed.shape)
     return part._replace(slack=slack, share=jnp.ones_like(slack))
 
@@ -352,7 +352,7 @@ def _rivals_in_cache(
 
     def mass(a: Values, parts: int) -> Values:
         of_part = jnp.broadcast_to(base, (len(base), parts)).reshape(-1, 1)
-        gap = gap_of(spec, a, of_part)
+        gap = gap_of(spec, a, of_part, of_sum=True)
         if spec.softcap is not None:
             gap = in_memory(gap)
         # Not the exponential of `_elementary`: XLA:CPU has a library for a sum of its

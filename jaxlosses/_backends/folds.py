@@ -36,7 +36,7 @@ def read(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
 
     def terms(a: Values) -> Operands:
         top = a == peak
-        gap = gap_of(spec, jnp.where(top, -jnp.inf, a), base)
+        gap = gap_of(spec, jnp.where(top, -jnp.inf, a), base, of_sum=True)
         if spec.softcap is not None:
             gap = in_memory(gap)
         gap = scaled(gap, magnitude)

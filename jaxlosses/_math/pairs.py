@@ -22,7 +22,7 @@ from jaxlosses._types import DType
 Values = Float[Array, "..."]
 
 # log(2) to 107 bits.
-_LOG_2 = sum(map(fractions.Fraction, (math.log(2), 2.319046813846299558e-17)))
+LOG_2 = fractions.Fraction(math.log(2)) + fractions.Fraction(2.319046813846299558e-17)
 
 
 class Pair(NamedTuple):
@@ -55,29 +55,39 @@ def add_pairs(a: Pair, b: Pair) -> Pair:
     return Pair(high, low + (a.low + b.low))
 
 
+def halved(a: Pair) -> Pair:
+    """The same number, with half the digits in `high`."""
+    high, low = _halves(a.high)
+    return Pair(high, low + a.low)
+
+
 def multiply(a: Pair, b: Pair) -> Pair:
-    (a1, a2), (b1, b2) = _halves(a.high), _halves(b.high)
-    return Pair(a1 * b1, a1 * (b2 + b.low) + (a2 + a.low) * b.high)
+    """`a * b`, for an `a` that is halved."""
+    b1, b2 = _halves(b.high)
+    return Pair(a.high * b1, a.high * (b2 + b.low) + a.low * b.high)
 
 
 def divide(a: Pair, b: Pair) -> Pair:
+    """`a / b`, halved."""
     reciprocal = 1 / b.high
-    high = a.high * reciprocal
-    (high1, high2), (b1, b2) = _halves(high), _halves(b.high)
-    rest = ((a.high - high1 * b1) - high1 * b2) - high2 * b.high
-    return Pair(high, (rest + (a.low - high * b.low)) * reciprocal)
+    high, _ = _halves(a.high * reciprocal)
+    b1, b2 = _halves(b.high)
+    rest = ((a.high - high * b1) - high * b2) + (a.low - high * b.low)
+    return Pair(high, rest * reciprocal)
 
 
-def exp(x: Pair, factor: fractions.Fraction) -> Pair:
-    """`exp(factor * x)` for exponents up to 80, to a tenth of the last place of `high`.
+def exp(x: Pair, factor: fractions.Fraction) -> tuple[Pair, Pair]:
+    """`exp(factor * x)`, and that less one, for exponents between -80 and 80.
 
-    With `n` the nearest whole number of `log(2)` in the exponent and `r` the rest of
-    it, that is `2^n (1 + r + r^2 (1 / 2! + r / 3! + ...))`.
+    To a tenth of the last place of `high`, or to half of it where the first is below
+    `2^-24` of one. With `n` the nearest whole number of `log(2)` in the exponent and
+    `r` the rest of it, they are `2^n (1 + m)` and `(2^n - 1) + 2^n m` of one
+    `m = r + r^2 (1 / 2! + r / 3! + ...)`.
     """
     dtype = x.high.dtype
     info = jnp.finfo(dtype)
-    step = constant(_LOG_2 / factor, dtype, info.nmant - 7)
-    n = jnp.round(x.high * float(factor / _LOG_2))
+    step = constant(LOG_2 / factor, dtype, info.nmant - 7)
+    n = jnp.round(x.high * float(factor / LOG_2))
     power = power_of_two(n, dtype)
     rest = add_to_larger(x.high - n * step.high, -n * step.low)
     one, two = constant(factor, dtype, info.nmant // 2 + 1)
@@ -85,9 +95,15 @@ def exp(x: Pair, factor: fractions.Fraction) -> Pair:
     r1 = one * high1
     r2 = one * (high2 + (rest.low + x.low)) + two * rest.high
     r = r1 + r2
-    series = series_of_exp(r, 2, 8 if dtype == jnp.float32 else 15)
-    high, low = add_to_larger(power, power * r1)
-    return add_to_larger(high, low + power * (r2 + r * r * series))
+    series = series_of_exp(r, 2, last_term(dtype))
+    high, low = add_to_larger(r1, r2 + r * r * series)
+    beyond = Pair(power * high, power * low)
+
+    def plus(whole: Values) -> Pair:
+        found = add_to_larger(whole, beyond.high)
+        return found._replace(low=found.low + beyond.low)
+
+    return plus(power), plus(power - 1)
 
 
 def power_of_two(n: Values | Integer[Array, "..."], dtype: DType) -> Values:
@@ -103,6 +119,11 @@ def series_of_exp(r: Values, first: int, last: int) -> Values:
     for k in range(last - 1, first - 1, -1):
         series = series * r + 1 / math.factorial(k)
     return series
+
+
+def last_term(dtype: DType) -> int:
+    """Of the series of `exp(r)`, for `|r|` up to `log(2) / 2`."""
+    return 8 if dtype == jnp.float32 else 15
 
 
 def constant(value: fractions.Fraction, dtype: DType, num_bits: int) -> Pair:

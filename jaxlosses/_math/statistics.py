@@ -140,7 +140,7 @@ def _rivals(
     """The largest of some logits, and their sum of `exp` relative to it."""
     rival = largest(spec, others)
     # Without any, -inf - (-inf) would be NaN.
-    gap = gap_of(spec, others, jnp.where(rival == -jnp.inf, 0, rival))
+    gap = gap_of(spec, others, jnp.where(rival == -jnp.inf, 0, rival), of_sum=True)
     gap = scaled(gap, magnitude)
     terms = exp(gap)
     depth = total(spec, tails.times_depth(terms, gap)) if spec.entropy else None
@@ -206,7 +206,7 @@ def _against_label(
     if spec.entropy:
         part = part._replace(tail=reading.tail(spec, signed, magnitude))
     found = _finish(spec, part, magnitude, has_label(spec, inputs))
-    return scaled(gap_of(spec, signed, found.peak), magnitude), found
+    return scaled(gap_of(spec, signed, found.peak, of_sum=True), magnitude), found
 
 
 def with_entropy(found: Statistics, tail: Tail) -> Statistics:
@@ -238,7 +238,9 @@ def partial(
         tail = reading.tail(spec, signed, magnitude)
     if uniform is not None:
         base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
-        slack = expected(spec, uniform, -scaled(gap_of(spec, signed, base), magnitude))
+        slack = expected(
+            spec, uniform, -scaled(gap_of(spec, signed, base, of_sum=True), magnitude)
+        )
         share = total(spec, uniform)
     if spec.predicted:
         predicted = first(spec, signed == peak)

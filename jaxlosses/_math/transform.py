@@ -46,10 +46,12 @@ def magnitude_of(scale: Values) -> Values:
     return size + jnp.where(size == 0, jnp.finfo(size.dtype).tiny, 0)
 
 
-def gap_of(spec: Spec, a: Values, b: Values) -> Values:
-    """`cap(a) - cap(b)`, for the exponential of a logit `a`."""
+def gap_of(spec: Spec, a: Values, b: Values, *, of_sum: bool = False) -> Values:
+    """`cap(a) - cap(b)`, for the exponential of a logit `a`; maybe a term of a sum."""
     if spec.softcap is None:
         return a - b
+    if of_sum:
+        return softcap.rough_difference(spec.softcap, a, b)
     return softcap.difference(spec.softcap, a, b)
 
 
@@ -63,7 +65,7 @@ def lead_of(spec: Spec, a: Values, b: Values, magnitude: Values | None) -> Pair:
     else:
         lead = softcap.exact_difference(spec.softcap, a, b)
     if magnitude is not None:
-        lead = pairs.multiply(lead, pairs.of(magnitude))
+        lead = pairs.multiply(pairs.halved(lead), pairs.of(magnitude))
     return lead._replace(low=masked(jnp.isfinite(lead.low), lead.low))
 
 
