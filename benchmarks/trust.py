@@ -356,8 +356,8 @@ def properties() -> Figures:
     statistics = "--hypothesis-show-statistics"
     long = ("--hypothesis-profile", "long", statistics)
     held, text = _pytest("tests/test_properties.py", *long)
-    drawn = sum(map(int, re.findall(r"(\d+) passing examples", text)))
-    failing = sum(map(int, re.findall(r"(\d+) failing examples", text)))
+    drawn = sum(map(int, re.findall(r"(\d+) passing", text)))
+    failing = sum(map(int, re.findall(r"(\d+) failing", text)))
     return {
         "claims": _counted(text),
         "calls drawn": drawn,

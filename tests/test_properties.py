@@ -419,3 +419,20 @@ def test_a_class_of_no_probability_that_no_label_has_weighs_nothing(
         options = {"class_weights": np.array([0.0, 1.0]), "reduction": reduction}
         _, gradients = check(logits, labels, forward_mode=forward_mode, **options)
         assert np.all(np.isfinite(gradients["class_weights"]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_surprise_of_a_certain_class_that_is_no_label_has_digits_of_a_nat(
+    strategy: str,
+) -> None:
+    """The gradient by its weight, 2e-9, was wrong by half of it."""
+    logits = np.array([[18.0, 0.0, -1e-3]])
+    options = {"label_smoothing": 0.1, "class_weights": np.array([0.0, 1.0, 1.0])}
+    labels = np.array([2])
+    weights = {"weights": np.ones(1), "reduction": "sum"}
+    _, gradients = check(
+        logits, labels, name=f"fused, {strategy}", **options, **weights
+    )
+    exact = oracle.gradients(logits, labels, **options)["class_weights"]
+    error = np.abs(gradients["class_weights"] - exact)
+    np.testing.assert_array_less(error, 1e-5 * exact + 0.1 / 3 * 1.2e-7)
