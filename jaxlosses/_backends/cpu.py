@@ -335,11 +335,11 @@ def is_safe(part: Partial) -> Mask:
 
 def _tail_in_cache(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
     """The tail of a block, by reductions that are fast on XLA:CPU."""
-    if not spec.entropy:
-        return tails.read(spec, signed, magnitude, _rivals_in_cache)
-    if signed.shape[1] < folds.FEWEST:
+    if signed.shape[1] >= folds.FEWEST:
+        return folds.read(spec, signed, magnitude)
+    if spec.entropy:
         return statistics.PLAIN.tail(spec, signed, magnitude)
-    return folds.read(spec, signed, magnitude)
+    return tails.read(spec, signed, magnitude, _rivals_in_cache)
 
 
 def _rivals_in_cache(

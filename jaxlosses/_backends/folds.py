@@ -4,7 +4,8 @@ XLA:CPU unrolls a reduction over a short axis, of several numbers at once, and m
 vectors of the axis behind it (benchmarks/NOTES.md, "An entropy in two folds").
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,9 +28,12 @@ Operands = tuple[Array, ...]
 
 def read(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
     """As `tails.read`, of a block of rows."""
-    # A conversion from 16 bits alone would be made anew in each loop, one by one; with
-    # a choice it is written.
-    rows = in_memory(jnp.where(jnp.isnan(signed), jnp.nan, signed))
+    # A conversion from 16 bits alone would be made anew in each loop, one by one, and
+    # so would a slice; with a choice they are written.
+    size = signed.shape[1] // (_FOLD * _LANES) * (_FOLD * _LANES)
+    whole, left = jnp.split(signed, [size], 1)
+    rows = [in_memory(jnp.where(jnp.isnan(a), jnp.nan, a)) for a in (whole, left)]
+    rows = rows if left.shape[1] else rows[:1]
     peak, rival = _two_largest(rows)
     # Without any, -inf - (-inf) would be NaN.
     base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
@@ -40,21 +44,26 @@ def read(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
         if spec.softcap is not None:
             gap = in_memory(gap)
         gap = scaled(gap, magnitude)
-        mass = exp(gap)
+        mass, ties = exp(gap), jnp.where(top, 1, 0).astype(gap.dtype)
+        if not spec.entropy:
+            return mass, ties
         # Of no mass the depth is finite, or their product would be NaN.
-        depth = mass * -jnp.maximum(gap, jnp.finfo(gap.dtype).min)
-        return mass, depth, jnp.where(top, 1, 0).astype(gap.dtype)
+        return mass, ties, mass * -jnp.maximum(gap, jnp.finfo(gap.dtype).min)
 
     def add(a: Operands, b: Operands) -> Operands:
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    zeros = (0.0, 0.0, 0.0)
-    sums = (jnp.sum(a, 1, keepdims=True) for a in _folded(rows, terms, add, zeros))
-    mass, depth, ties = sums
-    return tails.above(spec, peak, ties, (rival, mass, depth), magnitude)
+    def sums(a: Operands) -> Operands:
+        return tuple(jnp.sum(x, 1, keepdims=True) for x in a)
+
+    zeros = (0.0,) * (3 if spec.entropy else 2)
+    parts = map(sums, _folded(rows, terms, add, zeros))
+    mass, ties, *depth = functools.reduce(add, parts)
+    rivals = rival, mass, depth[0] if depth else None
+    return tails.above(spec, peak, ties, rivals, magnitude)
 
 
-def _two_largest(rows: Values) -> tuple[Values, Values]:
+def _two_largest(rows: list[Values]) -> tuple[Values, Values]:
     """The two largest entries; a NaN, which is neither, is in the sums."""
 
     def terms(a: Values) -> Operands:
@@ -68,28 +77,28 @@ def _two_largest(rows: Values) -> tuple[Values, Values]:
         behind = lax.select(a[0] > b[0], b[0], a[0])
         return larger(a[0], b[0]), larger(behind, larger(a[1], b[1]))
 
-    first, second = _folded(rows, terms, both, (-jnp.inf, -jnp.inf))
-    peak = in_memory(jnp.max(first, 1, keepdims=True))
-    below = jnp.max(jnp.where(first == peak, -jnp.inf, first), 1, keepdims=True)
-    return peak, jnp.maximum(below, jnp.max(second, 1, keepdims=True))
+    def most(found: Iterable[Array]) -> Array:
+        each = (jnp.max(a, 1, keepdims=True, initial=-jnp.inf) for a in found)
+        return functools.reduce(jnp.maximum, each)
+
+    found = _folded(rows, terms, both, (-jnp.inf, -jnp.inf))
+    firsts, seconds = zip(*found, strict=True)
+    peak = in_memory(most(firsts))
+    below = most(jnp.where(a == peak, -jnp.inf, a) for a in firsts)
+    return peak, jnp.maximum(below, most(seconds))
 
 
 def _folded(
-    rows: Values,
+    rows: list[Values],
     terms: Callable[[Values], Operands],
     both: Callable[[Operands, Operands], Operands],
     nothing: tuple[float, ...],
-) -> Operands:
-    """Terms of the entries, of which eight at a time have become one."""
-    num_rows, num_classes = rows.shape
-    size = num_classes // (_FOLD * _LANES) * (_FOLD * _LANES)
-    cut = (num_rows, size // (_FOLD * _LANES), _FOLD, _LANES)
-    head = tuple(a.reshape(cut) for a in terms(rows[:, :size]))
-    start = tuple(jnp.asarray(a, rows.dtype) for a in nothing)
-    folded = in_memory(lax.reduce(head, start, both, (2,)))
-    found = [a.reshape(num_rows, size // _FOLD) for a in folded]
-    if size == num_classes:
-        return tuple(found)
-    left = in_memory(terms(rows[:, size:]))
-    pairs = zip(found, left, strict=True)
-    return tuple(jnp.concatenate(pair, 1) for pair in pairs)
+) -> list[Operands]:
+    """Terms of the entries, of which eight at a time have become one; and of others."""
+    whole, *left = rows
+    cut = (len(whole), -1, _FOLD, _LANES)
+    entries = tuple(a.reshape(cut) for a in terms(whole))
+    start = tuple(jnp.asarray(a, whole.dtype) for a in nothing)
+    folded = in_memory(lax.reduce(entries, start, both, (2,)))
+    found = tuple(a.reshape(len(whole), -1) for a in folded)
+    return [found, *(in_memory(terms(a)) for a in left)]
