@@ -37,7 +37,7 @@ def losses(
         part_of_teacher,
         weightless,
     )
-    rule = Rule(spec, static.divergence, choose.normalizer)
+    rule = Rule(spec, static.divergence, choose.divergence)
     value = jnp.squeeze(divergence(rule, operands), spec.axes)
     terms = Terms(jnp.zeros_like(value), value, None)
     loss = _combine.per_example(Coefficients(None, None), terms, example)

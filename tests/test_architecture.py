@@ -36,7 +36,7 @@ LAYERS = [
     {"_math.gradient", "_math.online", "_combine"},
     {"_rules", "_rows"},
     {"_options"},
-    {"_backends.head", "_backends.folds", "_backends.once"},
+    {"_backends.head", "_backends.blocks", "_backends.folds", "_backends.once"},
     {"_backends.chunks", "_backends.cpu"},
     {"_backends.examples"},
     {"_backends.choose", "_backends.plan", "_backends.tokens", "_backends.vocab"},

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_gradient, assert_loss
 
 from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
-from jaxlosses._backends import choose, cpu, folds
+from jaxlosses._backends import blocks, choose, cpu, folds
 from jaxlosses._math import statistics
 from jaxlosses._math.classes import Inputs, Spec
 
@@ -193,7 +193,7 @@ def test_smoothing_by_a_sampled_rival_costs_no_digits(
     logits[:, 500] = 3 + np.float32(beyond)
     ids[::3] = 500
     logits[7, 300] = -np.inf
-    monkeypatch.setattr(cpu, "BLOCK_SIZE", 2048)
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 2048)
     options = {"label_smoothing": 0.1, "z_loss": 1e-3}
     run = on_one_device(
         lambda z: jax.value_and_grad(
@@ -319,7 +319,7 @@ def test_vmap_makes_a_block_of_more_rows(
     blocked: bool,
 ) -> None:
     monkeypatch.setattr(choose, "is_local", lambda: True)
-    monkeypatch.setattr(cpu, "BLOCK_SIZE", 4 * 640)
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 4 * 640)
     rng = np.random.default_rng(0)
     examples = [example_inputs(rng, batch) for _ in range(7)]
 
@@ -350,7 +350,7 @@ def test_vmap_makes_a_block_of_more_rows(
 @pytest.mark.without_llvm_passes
 def test_vmap_of_vmap_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "is_local", lambda: True)
-    monkeypatch.setattr(cpu, "BLOCK_SIZE", 4 * 640)
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 4 * 640)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 5, 640)).astype(np.float32)
     ids = rng.integers(640, size=(5, 3)).astype(np.int32)
@@ -372,7 +372,7 @@ def test_blocks_copy_no_logits(dtype: Any) -> None:
     labels = jax.ShapeDtypeStruct((300, 1), jnp.int32)
     run = jax.jit(lambda z, y: cpu.evaluate(Spec((1,), False), Inputs(z, y)))
     memory = run.lower(logits, labels).compile().memory_analysis()
-    block = cpu.LARGER * cpu.BLOCK_SIZE
+    block = cpu.LARGER * blocks.BLOCK_SIZE
     assert memory.temp_size_in_bytes < 1.2 * 4 * block < 0.3 * 4 * logits.size
 
 

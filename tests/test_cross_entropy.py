@@ -30,7 +30,7 @@ from helpers import (
 from tolerances import TABLE, accumulated, assert_gradient
 
 import jaxlosses as jl
-from jaxlosses._backends import cpu
+from jaxlosses._backends import blocks
 
 dense = jl.softmax_cross_entropy
 integer = jl.softmax_cross_entropy_with_integer_labels
@@ -207,7 +207,7 @@ def test_every_digit_is_right_for_50257_classes(
 def in_blocks() -> tuple[np.ndarray, np.ndarray]:
     """More rows than a block has, in a number that blocks do not divide."""
     logits, ids = confident(50257, repeat=2)
-    rows = cpu.rows_of_block(50257)
+    rows = blocks.rows_of_block(50257)
     assert len(ids) > rows
     assert len(ids) % rows != 0
     return logits, ids

@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import divergences
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxlosses as jl
+from jaxlosses._backends import blocks
 
 NAN, INF = np.nan, np.inf
 Loss = Callable[..., Any]
@@ -37,6 +39,13 @@ def fused(strategy: str, head: bool) -> Loss:
     return loss
 
 
+def in_blocks(logits: Any, teacher: Any, **options: Any) -> Any:
+    """The one of given logits as a CPU takes it, four rows at a time."""
+    with mock.patch.object(blocks, "BLOCK_SIZE", 2 * 4 * logits.shape[-1]):
+        run = on_one_device(lambda s, t: jl.softmax_kl_divergence(s, t, **options))
+        return run(logits, teacher)
+
+
 STRATEGIES = ("tokens", "recompute", "dense")
 DIVERGENCES: dict[str, Loss] = {
     "logits": jl.softmax_kl_divergence,
@@ -46,6 +55,7 @@ DIVERGENCES: dict[str, Loss] = {
         for kind in ("head", "given")
     },
 }
+BY_NAME = DIVERGENCES | {"in blocks": in_blocks}
 OF_EACH = [name for name in DIVERGENCES if "tokens" not in name]
 by_function = pytest.mark.parametrize("name", DIVERGENCES)
 by_direction = pytest.mark.parametrize("direction", DIRECTIONS)
@@ -86,7 +96,7 @@ def check(
     summed = "tokens" in name
 
     def run(z: Any) -> Any:
-        values = DIVERGENCES[name](
+        values = BY_NAME[name](
             z,
             teacher,
             weights=weights,
@@ -132,6 +142,34 @@ def test_every_digit_is_right_at_any_distance(
         for weight in (0.02, 0.9):
             options = {"direction": direction, "teacher_weight": weight}
             check("logits", student, teacher, **options)
+
+
+@pytest.mark.alternate(2)
+@by_direction
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"where": np.random.default_rng(1).random((11, 523)) < 0.7},
+        {"temperature": 0.7, "teacher_logit_softcap": 30.0},
+    ],
+)
+def test_blocks_of_rows_have_the_same_digits(direction: str, options: Any) -> None:
+    """Of rows that are no multiple of a block, and of its folds."""
+    student, teacher = rows(523, 1e-2, 11)
+    student[3] = teacher[3]
+    check("in blocks", student, teacher, direction=direction, **options)
+
+
+def test_a_bad_row_of_a_block_spoils_no_other() -> None:
+    student, teacher = rows(529, 1e-2, 11)
+    student[6, 528] = NAN
+    weights = jnp.ones(11).at[2].set(0)
+    found = in_blocks(jnp.asarray(student), teacher, weights=weights)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [6]
+    assert found[2] == 0
+    program = jax.jit(jax.grad(lambda s: in_blocks(s, teacher).sum()))
+    assert " while(" in program.lower(jnp.asarray(student)).compile().as_text()
 
 
 @pytest.mark.alternate

@@ -25,7 +25,7 @@ from jax.test_util import check_grads
 from tolerances import TABLE, assert_loss
 
 import jaxlosses as jl
-from jaxlosses._backends import cpu
+from jaxlosses._backends import blocks
 
 by_function = pytest.mark.parametrize("name", LOG_PROBS)
 NAN, INF = np.nan, np.inf
@@ -95,7 +95,7 @@ def test_every_digit_of_an_entropy_and_its_gradient_is_right(
 def test_every_digit_is_right_in_blocks_of_a_cpu(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK_SIZE", 2**12)
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 2**12)
     for classes in (601, 1024):  # of which the first divides no fold
         check(name, confident(classes, "float32", 1)[0], local=True)
     check(name, confident(601, "bfloat16", 1)[0], local=True)
@@ -168,7 +168,7 @@ def test_an_entropy_of_any_axes_and_shapes_is_that_of_its_classes() -> None:
 def test_log_probabilities_are_minus_the_loss_to_the_bit(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: Any, rows: int
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK_SIZE", 2**12)
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 2**12)
     loss = TAKE_IDS["integer" if name == "logits" else name]
     rng = np.random.default_rng(0)
     for classes in (5, 640):

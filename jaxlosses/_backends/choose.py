@@ -6,6 +6,8 @@ from collections.abc import Callable
 from jaxlosses._backends import cpu, once
 from jaxlosses._math import gradient, online, picks, statistics, tails
 from jaxlosses._math.classes import Inputs, Spec, Values, Whole
+from jaxlosses._math.divergence import Found, Operands, Rule
+from jaxlosses._math.divergence import evaluate as evaluate_divergence
 from jaxlosses._math.gradient import Cotangents, Gradients
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._platform import by_platform, is_local
@@ -58,13 +60,31 @@ def pullback(
 
 def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     """What turns logits into probabilities, `peak` and `spread`, likewise."""
+    on_cpu = functools.partial(_whole_normalizer, spec)
+    return by_platform(on_cpu, functools.partial(_normalizer, spec), inputs)
 
-    def on_cpu(inputs: Inputs) -> tuple[Values, Values]:
-        return tails.peak_and_spread(statistics.normalize(spec, inputs)[1])
 
-    if spec.softcap is not None:  # as above
-        return on_cpu(inputs)
-    return by_platform(on_cpu, functools.partial(online.normalizer, spec), inputs)
+def _whole_normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
+    return tails.peak_and_spread(statistics.normalize(spec, inputs)[1])
+
+
+def _normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
+    """Off a CPU, but for a cap as above."""
+    once = _whole_normalizer if spec.softcap is not None else online.normalizer
+    return once(spec, inputs)
+
+
+def divergence(rule: Rule, operands: Operands) -> Found:
+    """Divergences of given logits, likewise."""
+
+    def on_cpu(operands: Operands) -> Found:
+        inputs = Inputs(operands.student, operands.teacher, operands.where)
+        if _may_block(rule.spec, inputs):
+            return cpu.divergence(rule, operands)
+        return evaluate_divergence(rule, _whole_normalizer, operands)
+
+    once = functools.partial(evaluate_divergence, rule, _normalizer)
+    return by_platform(on_cpu, once, operands)
 
 
 def _may_block(spec: Spec, inputs: Inputs) -> bool:

@@ -19,6 +19,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from jaxlosses._backends import folds, once
+from jaxlosses._backends.blocks import by_rows, rows_of_block
 from jaxlosses._backends.once import gathered, in_rows
 from jaxlosses._elementary import exp
 from jaxlosses._math import statistics, tails
@@ -35,17 +36,16 @@ from jaxlosses._math.classes import (
     largest,
     total,
 )
+from jaxlosses._math.divergence import Found, Operands, Rule
+from jaxlosses._math.divergence import evaluate as evaluate_divergence
 from jaxlosses._math.statistics import Partial, Reading, Statistics
 from jaxlosses._math.tails import Tail
 from jaxlosses._math.transform import gap_of, scaled, signed_of
-from jaxlosses._platform import in_memory, take
+from jaxlosses._platform import in_memory
 from jaxlosses._types import Size, Tree
 
 Result = TypeVar("Result")
 
-# Logits of a block, about 4 MiB in float32: read from cache after the first time
-# (NOTES.md, "Blocks of about 2^20 logits").
-BLOCK_SIZE = 2**20
 # Up to so many classes, what is done with each is written out.
 FEW_CLASSES = 26
 
@@ -103,18 +103,38 @@ def evaluate(
     elif shares_terms(one_axis, inputs, rows):
         out = statistics.evaluate(one_axis, inputs, once.ONCE)
     elif spec.dense or uneven or inputs.where is not None:
-        out = _by_rows(
-            lambda block: statistics.evaluate(one_axis, block(), BLOCK), inputs, rows
+        out = by_rows(
+            lambda block: statistics.evaluate(one_axis, block(), BLOCK),
+            inputs,
+            num_rows,
+            rows,
         )
     else:
         sampled &= nearly
         read = _read_sampled if sampled else _read
         if sampled and not spec.smooth and num_rows > LARGER * rows:
             rows *= LARGER
-        part = _by_rows(functools.partial(read, one_axis), inputs, rows)
+        part = by_rows(functools.partial(read, one_axis), inputs, num_rows, rows)
         # What is left to do per row takes a single loop, and not one per block.
         out = statistics.finish(one_axis, part, inputs)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), out)
+
+
+def divergence(rule: Rule, operands: Operands) -> Found:
+    """Divergences by blocks of rows, likewise."""
+    *batch, num_classes = operands.student.shape
+    rule = dataclasses.replace(rule, spec=dataclasses.replace(rule.spec, axes=(1,)))
+    operands = in_rows(operands)
+
+    def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
+        return tails.peak_and_spread(statistics.normalize(spec, inputs, BLOCK)[1])
+
+    def of_block(block: Callable[[], Operands]) -> Found:
+        return evaluate_divergence(rule, normalizer, block())
+
+    rows = rows_of_block(2 * num_classes)  # of both
+    found = by_rows(of_block, operands, len(operands.student), rows)
+    return jax.tree.map(lambda a: a.reshape(*batch, 1), found)
 
 
 def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
@@ -200,11 +220,6 @@ def in_blocks(
     return blocked
 
 
-def rows_of_block(num_classes: int) -> int:
-    """A power of two, which XLA:CPU shares out evenly between threads."""
-    return 2 ** max(0, round(math.log2(BLOCK_SIZE / num_classes)))
-
-
 def _with_rows(size: Size, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
     """Inputs with a mapped axis as one more batch axis; None if it cannot be that."""
     if is_mapped.scale or is_mapped.class_weights:
@@ -229,32 +244,6 @@ def _with_rows(size: Size, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
     if where is not None and where.size != logits.shape[-1]:
         where = repeated(where)
     return Inputs(logits, labels, where, counted, rows.class_weights, scale)
-
-
-def _by_rows(
-    of_block: Callable[[Callable[[], Inputs]], Result], inputs: Inputs, rows: int
-) -> Result:
-    """A function of what cuts out a block, for one of so many rows after the other."""
-    num_rows = len(inputs.logits)
-    if rows >= num_rows:
-        return of_block(lambda: inputs)
-
-    def block(i: Array) -> Result:
-        def part(a: Array) -> Array:
-            if a.ndim == 0 or a.shape[0] != num_rows:
-                return a
-            return take(a, i * rows, rows)
-
-        return of_block(lambda: jax.tree.map(part, inputs))
-
-    def join(blocks: Array) -> Array:
-        # A slice clamps its start: the last block is whole, and overlaps.
-        head, tail = blocks[:-1].reshape(-1, 1), blocks[-1]
-        return jnp.concatenate([head, tail[len(head) - num_rows :]])
-
-    num_blocks = -(-num_rows // rows)
-    blocks: Result = jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))
-    return blocks
 
 
 def _is_plain(spec: Spec, inputs: Inputs) -> bool:

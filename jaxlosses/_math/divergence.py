@@ -64,12 +64,12 @@ class Rule:
     Attributes:
         spec: of the student's logits.
         kind: which divergence.
-        normalizer: how logits are read.
+        read: `evaluate` with some normalizer, of all operands or of parts of them.
     """
 
     spec: Spec
     kind: Divergence
-    normalizer: Normalizer
+    read: "Callable[[Rule, Operands], Found]"
 
     @property
     def teacher(self) -> Spec:
@@ -126,33 +126,57 @@ class Parts(NamedTuple):
     lead: Values
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+class Found(NamedTuple):
+    """The divergence of each example, and what its derivative needs besides."""
+
+    value: Values
+    norms: Norms
+
+
 def divergence(rule: Rule, operands: Operands) -> Values:
     """The divergence of each example in nats, differentiable by the student's logits.
 
     Where an example does not count, and where no class exists, it is zero. Where the
     first distribution of a KL has mass and the second none, it is infinite.
     """
-    return _value(rule, operands, _norms(rule, operands))
+    found = rule.read(rule, lax.stop_gradient(operands))
+    return _differentiable(rule, operands, *found)
 
 
-@divergence.defjvp
-def _divergence_jvp(
-    rule: Rule, primals: tuple[Operands], tangents: tuple[Operands]
+def evaluate(rule: Rule, normalizer: Normalizer, operands: Operands) -> Found:
+    """The same without a derivative, and what that needs besides."""
+    norms = _norms(rule, normalizer, operands)
+    return Found(_value(rule, operands, norms), norms)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(
+    rule: Rule, operands: Operands, value: Values, norms: Norms
+) -> Values:
+    """The value, which depends on the operands."""
+    del rule, operands, norms
+    return value
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(
+    rule: Rule,
+    primals: tuple[Operands, Values, Norms],
+    tangents: tuple[Operands, Values, Norms],
 ) -> tuple[Values, Values]:
-    (operands,), ((d_student, *_),) = primals, tangents
-    norms = _norms(rule, operands)
-    value = divergence(rule, operands)
+    (operands, value, norms), ((d_student, *_), _, _) = primals, tangents
 
     def tangent(
         operands: Operands, norms: Norms, value: Values, d_student: Values
     ) -> Values:
+        norms = _differentiable_norms(rule, operands, norms)
         slope = _slope(rule, operands, norms, value)
         return total(rule.spec, slope * _moved(rule, operands, d_student))
 
     # Reverse mode keeps the logits and rebuilds what is as large.
     tangent = jax.checkpoint(tangent, prevent_cse=False)
-    return value, tangent(operands, norms, value, d_student)
+    d = tangent(operands, norms, value, d_student)
+    return _differentiable(rule, operands, value, norms), d
 
 
 def _value(rule: Rule, operands: Operands, norms: Norms) -> Values:
@@ -227,8 +251,7 @@ def _moved(rule: Rule, operands: Operands, d_student: Values) -> Values:
 # --- Probabilities of both, and their ratio.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _norms(rule: Rule, operands: Operands) -> Norms:
+def _norms(rule: Rule, normalizer: Normalizer, operands: Operands) -> Norms:
     """Peaks and spreads, and the difference of these from those of the logits.
 
     Each spread is rounded, and near convergence a rounding is more than `d_j`. With
@@ -240,8 +263,8 @@ def _norms(rule: Rule, operands: Operands) -> Norms:
     """
     student, teacher = _inputs(operands)
     (peak, spread), (teacher_peak, teacher_spread) = (
-        rule.normalizer(rule.spec, student),
-        rule.normalizer(rule.teacher, teacher),
+        normalizer(rule.spec, student),
+        normalizer(rule.teacher, teacher),
     )
     norms = Norms(peak, spread, teacher_peak, teacher_spread, jnp.zeros_like(peak))
     parts = _parts(rule, operands, norms)
@@ -255,12 +278,19 @@ def _norms(rule: Rule, operands: Operands) -> Norms:
     return Norms(*(masked(operands.counted, a) for a in norms))
 
 
-@_norms.defjvp
-def _norms_jvp(
-    rule: Rule, primals: tuple[Operands], tangents: tuple[Operands]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable_norms(rule: Rule, operands: Operands, norms: Norms) -> Norms:
+    """The same, of which the student's spread depends on the operands."""
+    del rule, operands
+    return norms
+
+
+@_differentiable_norms.defjvp
+def _differentiable_norms_jvp(
+    rule: Rule, primals: tuple[Operands, Norms], tangents: tuple[Operands, Norms]
 ) -> tuple[Norms, Norms]:
-    (operands,), ((d_student, *_),) = primals, tangents
-    norms = _norms(rule, operands)
+    (operands, norms), ((d_student, *_), _) = primals, tangents
+    norms = _differentiable_norms(rule, operands, norms)
     p = _parts(rule, operands, norms).student
     d_spread = total(rule.spec, p * _moved(rule, operands, d_student))
     d_spread = masked(operands.counted, d_spread)
