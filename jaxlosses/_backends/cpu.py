@@ -168,7 +168,7 @@ def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
 
     A plain sum, for which XLA:CPU has a library.
     """
-    if not spec.smooth:
+    if not spec.smooth or part.slack is not None:
         return part
     signed, magnitude = signed_of(inputs)
     peak = jnp.maximum(part.label, part.rival)
@@ -278,9 +278,11 @@ def _partial_of_sample(
     logits, labels = inputs.logits, inputs.labels
     num_rows, num_classes = logits.shape
 
+    def wide(logits: Values) -> Values:
+        return logits.astype(accumulation_dtype(logits.dtype))
+
     def others(logits: Values, ids: Ids) -> Values:
-        wide = logits.astype(accumulation_dtype(logits.dtype))
-        return jnp.where(ids == labels, -jnp.inf, wide)
+        return jnp.where(ids == labels, -jnp.inf, wide(logits))
 
     ids = ids_of_classes(spec, logits.shape)
     step = num_classes // _SAMPLE
@@ -289,21 +291,37 @@ def _partial_of_sample(
     # Without any, -inf - (-inf) would be NaN.
     base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
 
-    def mass(terms: Values) -> Values:
-        return total(spec, _each(_short_rows(terms), lambda a, _: jnp.sum(a, 1)))
+    def terms(logits: Values, ids: Ids) -> tuple[Values, ...]:
+        mass = exp(others(logits, ids) - base)
+        return (mass, base - wide(logits)) if spec.smooth else (mass,)
+
+    def summed(a: Values) -> Values:
+        return total(spec, _each(_short_rows(a), lambda a, _: jnp.sum(a, 1)))
+
+    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        if spec.smooth:
+            return tuple(x + y for x, y in zip(a, b, strict=True))
+        # For a plain sum XLA:CPU calls a library, to which all terms would be written
+        # first; it does not for a sum of absolute values. No exponential is negative.
+        return (a[0] + jnp.abs(b[0]),)
 
     fold = _fold_of(num_classes) or _LARGEST_FOLD
     size = num_classes // (fold * _LANES) * (fold * _LANES)
-    terms = exp(others(logits[:, :size], ids[:, :size]) - base)
-    terms = terms.reshape(num_rows, -1, fold, _LANES)
-    # For a plain sum XLA:CPU calls a library, to which all terms would be written
-    # first; it does not for a sum of absolute values. No exponential is negative.
-    zero = jnp.zeros((), terms.dtype)
-    folded = lax.reduce(terms, zero, lambda a, b: a + jnp.abs(b), (2,))
-    found = mass(in_memory(folded).reshape(num_rows, -1))
+    cut = (num_rows, -1, fold, _LANES)
+    entries = tuple(a.reshape(cut) for a in terms(logits[:, :size], ids[:, :size]))
+    zeros = tuple(jnp.zeros((), a.dtype) for a in entries)
+    folded = in_memory(lax.reduce(entries, zeros, add, (2,)))
+    sums = tuple(summed(a.reshape(num_rows, -1)) for a in folded)
     if size < num_classes:
-        found += mass(exp(others(logits[:, size:], ids[:, size:]) - base))
-    return Partial(gathered(inputs, signed, spec), rival, found)
+        left = terms(logits[:, size:], ids[:, size:])
+        sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
+    mass, *behind = sums
+    part = Partial(gathered(inputs, signed, spec), rival, mass)
+    if not behind:
+        return part
+    # Behind the label, if that leads.
+    slack = behind[0] / num_classes + jnp.maximum(part.label - rival, 0)
+    return part._replace(slack=slack, share=jnp.ones_like(slack))
 
 
 def _fold_of(num_classes: int) -> int | None:

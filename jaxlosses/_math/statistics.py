@@ -107,7 +107,8 @@ class Reading(NamedTuple):
 
     Attributes:
         partial: the label's logit, the largest of the others, and their mass, from
-            the inputs, their signed logits and the magnitude of the scale.
+            the inputs, their signed logits and the magnitude of the scale; maybe what
+            smoothing sums.
         tail: of all signed logits, given the magnitude of the scale.
     """
 
@@ -233,7 +234,7 @@ def partial(
     signed, magnitude = signed_of(inputs)
     part = reading.partial(spec, inputs, signed, magnitude)
     peak = jnp.maximum(part.label, part.rival)
-    slack = share = predicted = tail = None
+    slack, share, predicted, tail = part.slack, part.share, None, None
     if spec.entropy:
         tail = reading.tail(spec, signed, magnitude)
     if uniform is not None:
