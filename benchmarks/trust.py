@@ -343,7 +343,8 @@ def _pytest(*arguments: str) -> tuple[bool, str]:
     command += ["no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        print(*re.findall("^(?:FAILED|ERROR|E ).*", done.stdout, re.MULTILINE), sep="\n")
+        failed = re.findall("^(?:FAILED|ERROR|E ).*", done.stdout, re.MULTILINE)
+        print(*failed, sep="\n")
     return done.returncode == 0, done.stdout + done.stderr
 
 
