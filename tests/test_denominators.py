@@ -267,3 +267,20 @@ def test_an_axis_that_splits_both_examples_and_classes_is_refused() -> None:
         "batch_axis_name: got 'data', expected other mesh axes than "
         "axis_name=('data',). An axis splits the classes or the examples."
     )
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_weight_of_zero_has_no_slope_where_the_loss_is_infinite(
+    reduction: str,
+) -> None:
+    logits = jnp.array([[-jnp.inf, 0.0, 1.0], [0.0, 1.0, 2.0]])
+
+    def total(weights: jax.Array) -> jax.Array:
+        options = {"weights": weights, "reduction": reduction}
+        labels = jnp.array([0, 1])
+        loss = jl.softmax_cross_entropy_with_integer_labels(logits, labels, **options)
+        return jnp.sum(loss)
+
+    value, slope = jax.value_and_grad(total)(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(value, 1.4076059, rtol=1e-6)
+    np.testing.assert_allclose(slope, [0, 1.4076059], rtol=1e-6)

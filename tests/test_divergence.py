@@ -17,9 +17,11 @@ from helpers import assert_all_zero, on_one_device, sweep, turns
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from mpmath import mp
 
 import jaxlosses as jl
 from jaxlosses._backends import blocks
+from jaxlosses._math import ratios
 
 NAN, INF = np.nan, np.inf
 Loss = Callable[..., Any]
@@ -170,6 +172,19 @@ def test_a_bad_row_of_a_block_spoils_no_other() -> None:
     assert found[2] == 0
     program = jax.jit(jax.grad(lambda s: in_blocks(s, teacher).sum()))
     assert " while(" in program.lower(jnp.asarray(student)).compile().as_text()
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.5, 0.999])
+def test_a_mixture_has_its_digits_beside_either_part(weight: float) -> None:
+    """`log(m / s)`, also where the teacher has but a part of the mixture."""
+    sizes = np.array([1e-3, 0.3, 0.6, 3.0, 20.0, 59.0, 61.0, 85.0], np.float32)
+    lead = np.concatenate([sizes, -sizes])
+    part = np.float32(weight)
+    with mp.workdps(60):
+        b = mp.mpf(float(part))
+        want = [float(mp.log(b * mp.exp(mp.mpf(float(d))) + 1 - b)) for d in lead]
+    found = jax.jit(ratios.log_of_mixture)(lead, jnp.asarray(part))
+    np.testing.assert_allclose(found, want, rtol=2e-6)
 
 
 @pytest.mark.alternate
