@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxlosses import _checks, _options
 from jaxlosses._combine import Reduction
 from jaxlosses._logits import Arrays, loss_on_logits
-from jaxlosses._math.divergence import Direction
+from jaxlosses._math.teacher import Direction
 
 
 @_checks.has_own_messages

@@ -9,7 +9,7 @@ from jaxlosses._backends.head import Head, Layout, classes_of, matmul_of
 from jaxlosses._backends.plan import Strategy
 from jaxlosses._combine import Reduction
 from jaxlosses._linear import FusedArrays, fused_loss, fused_of
-from jaxlosses._math.divergence import Direction
+from jaxlosses._math.teacher import Direction
 from jaxlosses._types import Tree
 
 

@@ -23,8 +23,8 @@ from jaxlosses._combine import (
     Reduction,
 )
 from jaxlosses._math.classes import Inputs, Spec, Values, count_of
-from jaxlosses._math.divergence import Divergence
 from jaxlosses._math.statistics import Statistics
+from jaxlosses._math.teacher import Divergence
 from jaxlosses._math.top_k import TopK
 from jaxlosses._rows import Function
 from jaxlosses._sharding import as_ids, shards_over

@@ -7,7 +7,8 @@ from jaxlosses import _combine
 from jaxlosses._backends import choose
 from jaxlosses._combine import Coefficients, Example, Losses, Terms
 from jaxlosses._math.classes import Inputs
-from jaxlosses._math.divergence import Operands, Rule, divergence
+from jaxlosses._math.divergence import divergence
+from jaxlosses._math.teacher import Operands, Rule
 from jaxlosses._options import Static
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from jaxlosses._backends import cpu, once
 from jaxlosses._math import gradient, online, picks, statistics, tails
 from jaxlosses._math.classes import Inputs, Spec, Values, Whole
-from jaxlosses._math.divergence import Found, Operands, Rule
 from jaxlosses._math.divergence import evaluate as evaluate_divergence
 from jaxlosses._math.gradient import Cotangents, Gradients
 from jaxlosses._math.statistics import Statistics
+from jaxlosses._math.teacher import Found, Operands, Rule
 from jaxlosses._platform import by_platform, is_local
 from jaxlosses._sharding import explicit_mesh
 from jaxlosses._types import are_numbers

@@ -36,10 +36,10 @@ from jaxlosses._math.classes import (
     largest,
     total,
 )
-from jaxlosses._math.divergence import Found, Operands, Rule
 from jaxlosses._math.divergence import evaluate as evaluate_divergence
 from jaxlosses._math.statistics import Partial, Reading, Statistics
 from jaxlosses._math.tails import Tail
+from jaxlosses._math.teacher import Found, Operands, Rule
 from jaxlosses._math.transform import gap_of, scaled, signed_of
 from jaxlosses._platform import in_memory
 from jaxlosses._types import Size, Tree
@@ -132,7 +132,7 @@ def divergence(rule: Rule, operands: Operands) -> Found:
     def of_block(block: Callable[[], Operands]) -> Found:
         return evaluate_divergence(rule, normalizer, block())
 
-    rows = rows_of_block(2 * num_classes)  # of both
+    rows = rows_of_block(4 * num_classes)  # of both, and of their probabilities
     found = by_rows(of_block, operands, len(operands.student), rows)
     return jax.tree.map(lambda a: a.reshape(*batch, 1), found)
 
