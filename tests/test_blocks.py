@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_gradient, assert_loss
 
 from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
-from jaxlosses._backends import blocks, choose, cpu, folds
+from jaxlosses._backends import blocks, choose, cpu, folds, sample
 from jaxlosses._math import statistics
 from jaxlosses._math.classes import Inputs, Spec
 
@@ -69,7 +69,7 @@ def test_blocks_give_the_statistics_of_the_whole(
     assert (whole.smooth is None) == (not smooth)
     monkeypatch.setattr(folds, "FEWEST", 1)
     for longest in (CLASSES, 5, 7):
-        monkeypatch.setattr(cpu, "LONGEST_ROW", longest)
+        monkeypatch.setattr(blocks, "LONGEST_ROW", longest)
         blocked = jax.jit(lambda x: cpu.evaluate(spec, x, rows=rows))(inputs)
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocked), strict=True):
             assert a.shape == b.shape == (*batch, 1)
@@ -132,15 +132,15 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
     spec = Spec((1,), False)
     inputs = Inputs(jnp.asarray(logits, dtype), jnp.asarray(labels), counted=counted)
     whole = jax.jit(lambda x: statistics.evaluate(spec, x))(inputs)
-    monkeypatch.setattr(cpu, "LONGEST_ROW", 300)
-    blocks = jax.jit(lambda x: cpu.evaluate(spec, x, rows=7))(inputs)
+    monkeypatch.setattr(blocks, "LONGEST_ROW", 300)
+    found = jax.jit(lambda x: cpu.evaluate(spec, x, rows=7))(inputs)
     # Of a NaN, the maximum of XLA:CPU need not know.
     rows = np.r_[:16, 18:20, 22:40]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=3e-7)
-    close(whole.nll[rows], blocks.nll[rows])
+    close(whole.nll[rows], found.nll[rows])
     # A peak may be that of a sample.
-    close((whole.peak + whole.spread)[rows], (blocks.peak + blocks.spread)[rows])
-    np.testing.assert_array_equal(blocks.nll[np.r_[0, 14:22]], np.nan)
+    close((whole.peak + whole.spread)[rows], (found.peak + found.spread)[rows])
+    np.testing.assert_array_equal(found.nll[np.r_[0, 14:22]], np.nan)
 
 
 PLAIN = Spec((1,), False)
@@ -153,7 +153,7 @@ def sampled() -> Callable[[Inputs], tuple[jax.Array, jax.Array]]:
     def run(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         part = statistics.partial(PLAIN, inputs, None, cpu.SAMPLE)
         nll = statistics.finish(PLAIN, part, inputs).nll
-        return nll[:, 0], cpu.is_safe(part)[:, 0]
+        return nll[:, 0], sample.is_safe(part)[:, 0]
 
     return jax.jit(run)
 
@@ -168,9 +168,11 @@ def test_a_sampled_rival_costs_no_digits(
     """With other logits far above those of the sample, and the label in every place."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(66, num_classes)).astype(np.float32)
-    rows, step = np.arange(66), num_classes // 32
-    others = 1 + step * rng.integers(32, size=(5, 66))  # none of the sample
-    of_sample = logits[:, : 32 * step : step].max(axis=-1)
+    rows = np.arange(66)
+    few = [np.r_[at] for at in sample.classes_of(num_classes)]
+    many = np.delete(np.arange(num_classes), few)
+    others = rng.choice(many, size=(5, 66))
+    of_sample = logits[:, np.ravel(few)].max(axis=-1)
     logits[rows, others] = of_sample + np.float32(beyond)
     ids = np.append(np.arange(64) * num_classes // 64, [0, num_classes - 1])
     logits[rows, ids] = -np.inf
@@ -218,7 +220,8 @@ def test_what_a_sample_cannot_serve_is_told() -> None:
     logits[1, 500] = 3e38
     logits[2, 500] = np.nan
     logits[3, 5] = np.inf
-    logits[4, ::32] = -np.inf
+    for few in sample.classes_of(1024):
+        logits[4, few] = -np.inf
     logits[5] = -np.inf
     logits[6, 700] = 90
     # What it can: classes that are not there.

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._platform import take
+from jaxlosses._math.classes import Values
+from jaxlosses._platform import in_memory, take
 
 Result = TypeVar("Result")
 Arrays = TypeVar("Arrays")
@@ -21,6 +22,10 @@ Arrays = TypeVar("Arrays")
 # Logits of a block, about 4 MiB in float32: read from cache after the first time
 # (NOTES.md, "Blocks of about 2^20 logits").
 BLOCK_SIZE = 2**20
+# XLA:CPU reduces longer rows at half the rate or less (NOTES.md, "Rows of a block").
+LONGEST_ROW = 2**15 - 1
+# Shorter ones cost more to start with than a copy.
+_MOST_PARTS = 64
 
 
 def rows_of_block(num_classes: int) -> int:
@@ -54,3 +59,29 @@ def by_rows(
     num_blocks = -(-num_rows // rows)
     blocks: Result = jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))
     return blocks
+
+
+def short_rows(a: Values) -> list[tuple[Values, int]]:
+    """Arrays of the parts of each row, and how many those are.
+
+    XLA:CPU is fast at reductions of an array in memory, which must not be converted
+    from bfloat16, and of short rows: a long one is cut in equal parts. Without a
+    divisor of fit size, less than one entry per part is left over, at the price of a
+    copy.
+    """
+    num_rows, num_classes = a.shape
+    least = -(-num_classes // LONGEST_ROW)
+    exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
+    num_parts = next(exact, least)
+    width = num_classes // num_parts
+    cut, left = jnp.split(a, [width * num_parts], 1)
+    rows = [(in_memory(in_memory(cut).reshape(num_rows * num_parts, width)), num_parts)]
+    return [*rows, (in_memory(left), 1)] if left.shape[1] else rows
+
+
+def each(
+    rows: list[tuple[Values, int]], reduced: Callable[[Values, int], Values]
+) -> Values:
+    """A reduction of every part of each row."""
+    found = [in_memory(reduced(a, parts)).reshape(-1, parts) for a, parts in rows]
+    return jnp.concatenate(found, 1)

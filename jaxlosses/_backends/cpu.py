@@ -18,20 +18,15 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from jaxlosses._backends import folds, once
-from jaxlosses._backends.blocks import by_rows, rows_of_block
+from jaxlosses._backends import folds, once, sample
+from jaxlosses._backends.blocks import by_rows, each, rows_of_block, short_rows
 from jaxlosses._backends.once import gathered, in_rows
-from jaxlosses._elementary import exp
 from jaxlosses._math import statistics, tails
 from jaxlosses._math.classes import (
-    Ids,
     Inputs,
-    Mask,
     Spec,
     Values,
-    accumulation_dtype,
     count_of,
-    ids_of_classes,
     is_label,
     largest,
     total,
@@ -49,30 +44,9 @@ Result = TypeVar("Result")
 # Up to so many classes, what is done with each is written out.
 FEW_CLASSES = 26
 
-# A sample saves less than it costs in shorter rows, and in rows that are no multiple
-# of a fold in those that are shorter than the second number.
-FEWEST_SAMPLED = (128, 512)
 # Where only sums are written, a block may be so many times as large (NOTES.md, "The
 # sample is spread, and each block decides").
 LARGER = 2
-# Classes among which the rival of a sampled row is looked for.
-_SAMPLE = 32
-# So many exponentials are added up before any is written: what one core has written is
-# slow to read for another. A loop over more would not be unrolled (NOTES.md, "Eight of
-# them added up").
-_LARGEST_FOLD = 8
-# float32 numbers of a vector of XLA:CPU.
-_LANES = 8
-# If one logit exceeds the largest of the sample by 32 nats, the terms of others are
-# rounded by half of 2^-19 of it.
-_LARGEST_MASS = math.exp(32)
-# A label that exceeds it by more may have an exponential of its lead that underflows.
-_LARGEST_LEAD = 80
-
-# XLA:CPU reduces longer rows at half the rate or less (NOTES.md, "Rows of a block").
-LONGEST_ROW = 2**15 - 1
-# Shorter ones cost more to start with than a copy.
-_MOST_PARTS = 64
 
 
 def evaluate(
@@ -95,9 +69,7 @@ def evaluate(
     inputs = in_rows(inputs)
     num_rows = len(inputs.logits)
     rows = rows_of_block(num_classes) if rows is None else rows
-    sampled = (
-        sampled and num_rows > rows and num_classes >= _fewest_sampled(num_classes)
-    )
+    sampled = sampled and num_rows > rows and num_classes >= sample.fewest(num_classes)
     if plain and num_classes <= FEW_CLASSES:
         out = _of_few(one_axis, inputs)
     elif shares_terms(one_axis, inputs, rows):
@@ -183,17 +155,12 @@ def _read_sampled(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     inputs = block()
     part = statistics.partial(spec, inputs, None, SAMPLE)
     part = _with_slack(spec, inputs, part)
-    unsafe = ~is_safe(part)
+    unsafe = ~sample.is_safe(part)
     if inputs.counted is not None:
         unsafe &= inputs.counted
     # Cut out anew: as an operand of both branches a block would be copied.
     out: Partial = lax.cond(jnp.any(unsafe), lambda: _read(spec, block), lambda: part)
     return out
-
-
-def _fewest_sampled(num_classes: int) -> int:
-    even, uneven = FEWEST_SAMPLED
-    return uneven if _fold_of(num_classes) is None else even
 
 
 def in_blocks(
@@ -264,82 +231,6 @@ def _partial_of_block(
     return Partial(label, rival, mass)
 
 
-def _partial_of_sample(
-    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
-) -> Partial:
-    """The same for a block of plain logits, with the rival from a few of them.
-
-    Known before, the rival lets the sum begin where the exponentials are taken, so that
-    a part of them is written (benchmarks/NOTES.md, "The largest of a sample"). The
-    sample is spread over the row: in many vocabularies the first ids are control
-    tokens, whose logits lie far below the rest. `is_safe` says whether it was fit.
-    """
-    del magnitude  # of plain logits
-    logits, labels = inputs.logits, inputs.labels
-    num_rows, num_classes = logits.shape
-
-    def wide(logits: Values) -> Values:
-        return logits.astype(accumulation_dtype(logits.dtype))
-
-    def others(logits: Values, ids: Ids) -> Values:
-        return jnp.where(ids == labels, -jnp.inf, wide(logits))
-
-    ids = ids_of_classes(spec, logits.shape)
-    step = num_classes // _SAMPLE
-    few = (slice(None), slice(None, step * _SAMPLE, step))
-    rival = largest(spec, in_memory(others(logits[few], ids[few])))
-    # Without any, -inf - (-inf) would be NaN.
-    base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
-
-    def terms(logits: Values, ids: Ids) -> tuple[Values, ...]:
-        mass = exp(others(logits, ids) - base)
-        return (mass, base - wide(logits)) if spec.smooth else (mass,)
-
-    def summed(a: Values) -> Values:
-        return total(spec, _each(_short_rows(a), lambda a, _: jnp.sum(a, 1)))
-
-    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-        if spec.smooth:
-            return tuple(x + y for x, y in zip(a, b, strict=True))
-        # For a plain sum XLA:CPU calls a library, to which all terms would be written
-        # first; it does not for a sum of absolute values. No exponential is negative.
-        return (a[0] + jnp.abs(b[0]),)
-
-    fold = _fold_of(num_classes) or _LARGEST_FOLD
-    size = num_classes // (fold * _LANES) * (fold * _LANES)
-    cut = (num_rows, -1, fold, _LANES)
-    entries = tuple(a.reshape(cut) for a in terms(logits[:, :size], ids[:, :size]))
-    zeros = tuple(jnp.zeros((), a.dtype) for a in entries)
-    folded = in_memory(lax.reduce(entries, zeros, add, (2,)))
-    sums = tuple(summed(a.reshape(num_rows, -1)) for a in folded)
-    if size < num_classes:
-        left = terms(logits[:, size:], ids[:, size:])
-        sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
-    mass, *behind = sums
-    part = Partial(gathered(inputs, signed, spec), rival, mass)
-    if not behind:
-        return part
-    # Behind the label, if that leads.
-    slack = behind[0] / num_classes + jnp.maximum(part.label - rival, 0)
-    return part._replace(slack=slack, share=jnp.ones_like(slack))
-
-
-def _fold_of(num_classes: int) -> int | None:
-    """How many exponentials are added up at a time if none is to be left over."""
-    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
-    return next((n for n in folds if num_classes % (n * _LANES) == 0), None)
-
-
-def is_safe(part: Partial) -> Mask:
-    """Whether a sampled rival is near enough to the largest of the other logits.
-
-    It is one of them, so `mass` is at least one. If it is far below, the sum overflows
-    or is inexact, or the label is so far ahead that all underflows. NaN is not safe.
-    """
-    lead = part.label - part.rival
-    return (part.mass < _LARGEST_MASS) & (lead < _LARGEST_LEAD)
-
-
 def _tail_in_cache(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
     """The tail of a block, by reductions that are fast on XLA:CPU."""
     if signed.shape[1] >= folds.FEWEST:
@@ -353,8 +244,8 @@ def _rivals_in_cache(
     spec: Spec, others: Values, magnitude: Values | None
 ) -> tuple[Values, Values, None]:
     """The largest of some logits of a block, and the mass relative to it."""
-    rows = _short_rows(others)
-    rival = largest(spec, _each(rows, lambda a, _: jnp.max(a, 1)))
+    rows = short_rows(others)
+    rival = largest(spec, each(rows, lambda a, _: jnp.max(a, 1)))
     base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
 
     def mass(a: Values, parts: int) -> Values:
@@ -366,34 +257,8 @@ def _rivals_in_cache(
         # own exponentials, and would write ours to memory before they are summed.
         return jnp.sum(jnp.exp(scaled(gap, magnitude)), 1)
 
-    return rival, total(spec, _each(rows, mass)), None
-
-
-def _short_rows(a: Values) -> list[tuple[Values, int]]:
-    """Arrays of the parts of each row, and how many those are.
-
-    XLA:CPU is fast at reductions of an array in memory, which must not be converted
-    from bfloat16, and of short rows: a long one is cut in equal parts. Without a
-    divisor of fit size, less than one entry per part is left over, at the price of a
-    copy.
-    """
-    num_rows, num_classes = a.shape
-    least = -(-num_classes // LONGEST_ROW)
-    exact = (n for n in range(least, _MOST_PARTS) if num_classes % n == 0)
-    num_parts = next(exact, least)
-    width = num_classes // num_parts
-    cut, left = jnp.split(a, [width * num_parts], 1)
-    rows = [(in_memory(in_memory(cut).reshape(num_rows * num_parts, width)), num_parts)]
-    return [*rows, (in_memory(left), 1)] if left.shape[1] else rows
-
-
-def _each(
-    rows: list[tuple[Values, int]], reduced: Callable[[Values, int], Values]
-) -> Values:
-    """A reduction of every part of each row."""
-    found = [in_memory(reduced(a, parts)).reshape(-1, parts) for a, parts in rows]
-    return jnp.concatenate(found, 1)
+    return rival, total(spec, each(rows, mass)), None
 
 
 BLOCK = Reading(_partial_of_block, _tail_in_cache)
-SAMPLE = Reading(_partial_of_sample, _tail_in_cache)
+SAMPLE = Reading(sample.partial, _tail_in_cache)
