@@ -35,9 +35,8 @@ _WIDE_ON_GPU = 8192
 # A piece of the kernel's gradient takes this part of the workspace.
 _PIECES = 8
 _WORKSPACE = 2**30
-# Of what the materialised loss holds, the part that a piece of the vocabulary takes;
-# on a TPU nearly all, since its logits are on the chip.
-_VOCAB_PART = {"gpu": 0.4, "tpu": 0.9}
+# Of what the materialised loss holds, the part that a piece of the vocabulary takes.
+_VOCAB_PART = 0.4
 # Pieces are multiples of a tile, or matmuls would pad them and copy the gradient.
 _TILE = 128
 # float32 logits of a piece that a TPU keeps on the chip, and the classes of one.
@@ -232,7 +231,7 @@ def _by_classes(
         # A piece keeps its logits beside the cotangent.
         return Plan(matmul, _number(classes, 2 * sizes.held, bytes_))
     if workspace is None:
-        bytes_ = min(bytes_, int(_VOCAB_PART[platform] * sizes.materialised))
+        bytes_ = min(bytes_, int(_VOCAB_PART * sizes.materialised))
     size = bytes_ // (sizes.examples * sizes.entry + sizes.features * sizes.weight)
     if platform == "tpu":
         least, most = _VMEM_CLASSES
