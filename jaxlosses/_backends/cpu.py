@@ -140,7 +140,7 @@ def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
 
     A plain sum, for which XLA:CPU has a library.
     """
-    if not spec.smooth or part.slack is not None:
+    if not spec.smooth:
         return part
     signed, magnitude = signed_of(inputs)
     peak = jnp.maximum(part.label, part.rival)
@@ -154,7 +154,6 @@ def _read_sampled(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     """The same without a search for the largest logit, if a sample is fit."""
     inputs = block()
     part = statistics.partial(spec, inputs, None, SAMPLE)
-    part = _with_slack(spec, inputs, part)
     unsafe = ~sample.is_safe(part)
     if inputs.counted is not None:
         unsafe &= inputs.counted

@@ -52,11 +52,13 @@ def divergence(rule: Rule, operands: Operands) -> Values:
 def evaluate(rule: Rule, normalizer: Normalizer, operands: Operands) -> Found:
     """The same without a derivative, and what that needs besides."""
     norms = _norms(rule, normalizer, operands)
-    value = _value(rule, operands, norms)
+    parts = parts_of(rule, operands, norms)
+    value = _value(rule, operands, parts)
     if rule.kind.direction != "forward":
-        norms = _with_mean(rule, operands, norms)
+        norms = _with_mean(rule, operands, norms, parts)
     # `jax_debug_nans` looks at what is kept of examples that do not count, too.
-    return Found(value, jax.tree.map(lambda a: masked(operands.counted, a), norms))
+    found = Found(value, norms)
+    return jax.tree.map(lambda a: masked(operands.counted, a), found)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -89,8 +91,7 @@ def _differentiable_jvp(
     return _differentiable(rule, operands, value, norms), d
 
 
-def _value(rule: Rule, operands: Operands, norms: Norms) -> Values:
-    parts = parts_of(rule, operands, norms)
+def _value(rule: Rule, operands: Operands, parts: Parts) -> Values:
     match rule.kind.direction:
         case "forward":
             terms = ratios.relative_entropy(parts.teacher, parts.student, parts.lead)
@@ -100,7 +101,7 @@ def _value(rule: Rule, operands: Operands, norms: Norms) -> Values:
             weight = operands.teacher_weight
             assert weight is not None
             terms = ratios.to_mixture(*parts, weight)
-    return masked(operands.counted, total(rule.spec, terms))
+    return total(rule.spec, terms)
 
 
 def _slope(rule: Rule, operands: Operands, norms: Norms, value: Values) -> Values:
@@ -127,17 +128,16 @@ def _slope(rule: Rule, operands: Operands, norms: Norms, value: Values) -> Value
     return masked(operands.counted, slope)
 
 
-def _with_mean(rule: Rule, operands: Operands, norms: Norms) -> Norms:
+def _with_mean(rule: Rule, operands: Operands, norms: Norms, parts: Parts) -> Norms:
     """The same with what the slope needs of all classes."""
-    parts, at_peak = parts_of(rule, operands, norms), is_peak(operands, norms)
+    at_peak = is_peak(operands, norms)
     top = largest(rule.spec, jnp.where(at_peak, parts.lead, -jnp.inf))
     top = _log_ratio(operands, top)
     norms = norms._replace(top=top, ties=total(rule.spec, at_peak.astype(top.dtype)))
-    return norms._replace(mean=_mean(rule, operands, norms))
+    return norms._replace(mean=_mean(rule, operands, norms, parts))
 
 
-def _mean(rule: Rule, operands: Operands, norms: Norms) -> Values:
-    parts = parts_of(rule, operands, norms)
+def _mean(rule: Rule, operands: Operands, norms: Norms, parts: Parts) -> Values:
     beyond = _beyond_peak(rule, operands, norms, parts)
     terms = jnp.where(parts.student == 0, 0, parts.student * beyond)
     return total(rule.spec, terms)
@@ -161,7 +161,7 @@ def _log_ratio(operands: Operands, lead: Values) -> Values:
     return lead if weight is None else ratios.log_of_mixture(lead, weight)
 
 
-# --- Probabilities of both, and their ratio.
+# --- Peaks and spreads.
 
 
 def _norms(rule: Rule, normalizer: Normalizer, operands: Operands) -> Norms:
@@ -209,8 +209,11 @@ def _differentiable_norms_jvp(
     if norms.mean is not None:
 
         def mean(student: Values, spread: Values) -> Values:
-            some = operands._replace(student=student)
-            return _mean(rule, some, norms._replace(spread=spread))
+            some, own = (
+                operands._replace(student=student),
+                norms._replace(spread=spread),
+            )
+            return _mean(rule, some, own, parts_of(rule, some, own))
 
         _, d_mean = jax.jvp(
             mean, (operands.student, norms.spread), (d_student, d_spread)
