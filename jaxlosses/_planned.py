@@ -130,7 +130,7 @@ def plan(
         chosen.num_chunks,
         shape,
         _MATMULS[way],
-        plans.temporary_bytes(way, chosen, sizes),
+        plans.temporary_bytes(way, chosen, sizes, kind),
         sizes.materialised_on(kind),
     )
 

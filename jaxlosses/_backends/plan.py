@@ -67,8 +67,8 @@ class Sizes(NamedTuple):
         examples: of all batch axes.
         features: of the hidden states.
         classes: of the kernel.
-        entry: bytes of a logit, and of its cotangent in the compute dtype; with those
-            of a teacher's logit that is formed.
+        wide: bytes of a logit as it is formed; with those of a teacher's, if formed.
+        cotangent: bytes of its cotangent in the compute dtype, if that is narrower.
         logit: bytes of a logit in the compute dtype, likewise.
         weight: bytes of an entry of the kernel.
         kernel_sum: bytes of an entry of the kernel's gradient beyond the result.
@@ -78,11 +78,21 @@ class Sizes(NamedTuple):
     examples: Size
     features: Size
     classes: Size
-    entry: int
+    wide: int
+    cotangent: int
     logit: int
     weight: int
     kernel_sum: int
     hidden_sum: int
+
+    @property
+    def entry(self) -> int:
+        """Bytes of a logit and of its cotangent."""
+        return self.wide + self.cotangent
+
+    def entry_on(self, platform: Platform) -> int:
+        """Those that are in memory: on a TPU the one takes the place of the other."""
+        return self.wide if platform == "tpu" else self.entry
 
     @property
     def held(self) -> Size:
@@ -118,7 +128,8 @@ def sizes_of(matmul: Matmul, head: Head, teacher: bool = False) -> Sizes:
         examples,
         features,
         classes_of(matmul.layout, head.kernel),
-        acc * number + (narrow if narrow < 4 else 0),
+        acc * number,
+        narrow if narrow < 4 else 0,
         narrow * number,
         head.kernel.dtype.itemsize,
         *(acc if a.dtype.itemsize < acc else 0 for a in (head.kernel, head.hidden)),
@@ -207,7 +218,7 @@ def _by_examples(
         number = min(number, max(1, sizes.examples // paying))
         left = sizes.materialised_on(platform) - sizes.sums
         if left > 0:
-            chunks = sizes.examples * sizes.classes * sizes.entry
+            chunks = sizes.examples * sizes.classes * sizes.entry_on(platform)
             number = max(number, _number(size, chunks, left))
     if (dense or not (local and on_cpu)) and are_numbers(size):
         # Equal chunks need no padding, whose entries would move between devices, and
@@ -232,7 +243,9 @@ def _by_classes(
         return Plan(matmul, _number(classes, 2 * sizes.held, bytes_))
     if workspace is None:
         bytes_ = min(bytes_, int(_VOCAB_PART * sizes.materialised))
-    size = bytes_ // (sizes.examples * sizes.entry + sizes.features * sizes.weight)
+    sliced = 0 if platform == "tpu" else sizes.weight  # it reads slices in place
+    logits = sizes.examples * sizes.entry_on(platform)
+    size = bytes_ // (logits + sizes.features * sliced)
     if platform == "tpu":
         least, most = _VMEM_CLASSES
         on_chip = _VMEM // (sizes.examples * matmul.accumulation.itemsize)
@@ -265,17 +278,19 @@ def _longest(sizes: list[Size]) -> Size:
     return next(unknown, None) or max(sizes)
 
 
-def temporary_bytes(way: Way, plan: Plan, sizes: Sizes) -> int:
+def temporary_bytes(way: Way, plan: Plan, sizes: Sizes, platform: Platform) -> int:
     """About what value and gradient hold beyond arguments and results."""
     examples, features, classes = sizes[:3]
+    entry = sizes.entry_on(platform)
     if way == "dense":
-        return int(examples * classes * sizes.entry)
+        return int(examples * classes * entry)
     if way == "vocab":
         piece = plan.piece or -(-classes // plan.num_chunks)
-        logits = examples * piece * sizes.entry
-        slices = features * piece * (sizes.weight + sizes.kernel_sum)
-        return int(logits + slices + sizes.hidden_sum * examples * features)
-    logits = -(-examples // plan.num_chunks) * classes * sizes.entry
+        logits = examples * piece * entry
+        sliced = 0 if platform == "tpu" else sizes.weight + sizes.kernel_sum
+        beside = sizes.hidden_sum * examples
+        return int(logits + features * (sliced * piece + beside))
+    logits = -(-examples // plan.num_chunks) * classes * entry
     part = features * classes * plan.matmul.accumulation.itemsize
     beside = part // plan.kernel_pieces if plan.kernel_pieces > 1 else 0
     return int(logits + sizes.sums + beside)
