@@ -141,10 +141,6 @@ def exact_derivatives(
         terms = unsigned[name]
         if share != 1.0 and name != "labels":
             terms = 2 * share * unsigned_sum[name] - terms
-        if name == "class_weights" and "label_smoothing" in options:
-            # By the weight of a class that is all but certain without being the label,
-            # the surprise of that class has the digits of one nat (mathematics.md).
-            terms = terms + 0.01 * np.max(terms, initial=0.0)
         out[name] = (exact[name], terms)
     # The loss is linear in both of these.
     for name in ("label_smoothing", "z_loss"):

@@ -55,6 +55,20 @@ def test_every_digit_of_an_entropy_is_right(
     assert_loss(value[:, 0], oracle.entropy(logits)["entropy"], "float32")
 
 
+@pytest.mark.parametrize("read", [online.evaluate, statistics.evaluate])
+def test_a_class_that_is_no_label_has_every_digit_of_the_spread(read: Any) -> None:
+    """Of its surprise is made the gradient by its weight, with smoothing."""
+    rng = np.random.default_rng(0)
+    logits, ids = oracle.confident_logits(rng, 23, 203, 20.0)
+    labels = jnp.asarray((ids + 1) % 203)[:, None]
+    weights = jnp.ones((1, 203))
+    inputs = Inputs(jnp.asarray(logits), labels, class_weights=weights)
+    spec = Spec((1,), dense=False, smooth=True)
+    found = jax.jit(functools.partial(read, spec))(inputs)
+    assert_loss(found.spread[:, 0], oracle.loss(logits, ids), "float32")
+    assert found.entropy is None
+
+
 def merged(z: np.ndarray, order: np.ndarray, lanes: int) -> float:
     """The spread of a row whose classes are dealt to lanes, in float32 of NumPy."""
 

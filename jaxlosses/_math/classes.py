@@ -219,6 +219,15 @@ def uniform_of(spec: Spec, inputs: Inputs, dtype: DType) -> Uniform:
     return Uniform(target, sum_of_others(spec, target), number)
 
 
+def has_tail(spec: Spec, inputs: Inputs) -> bool:
+    """Whether a spread needs all its digits where the label is not the largest.
+
+    An entropy is made of it; and smoothing has a gradient by the weight of a class
+    that is all but certain, which is the surprise of that class.
+    """
+    return spec.entropy or (spec.smooth and inputs.class_weights is not None)
+
+
 def count_of(spec: Spec, shape: Shape) -> Size:
     """How many classes there are, on all devices."""
     return math.prod(shape[axis] for axis in spec.axes) * spec.shards.count()

@@ -24,6 +24,7 @@ from jaxlosses._math.classes import (
     Whole,
     accumulation_dtype,
     count_of,
+    has_tail,
     ids_of_classes,
     is_label,
     masked,
@@ -121,7 +122,8 @@ def _partial(spec: Spec, inputs: Inputs, some: Some) -> Partial:
         both = jax.tree.map(lambda *pair: jnp.stack(pair), others, of_label)
         magnitude = jax.tree.map(lambda a: a[None], some.magnitude)
         both = tails.merge(spec, both, Stacked(), magnitude)
-        part = part._replace(tail=jax.tree.map(lambda a: jnp.squeeze(a, 0), both))
+        tail = jax.tree.map(lambda a: jnp.squeeze(a, 0), both)
+        part = part._replace(tail=tail if spec.entropy else tail._replace(depth=None))
     if label.share is not None:
         (mean,) = some.means
         peak = jnp.maximum(at_label, rival)
@@ -244,11 +246,12 @@ def _each(
     # What is left out has ids as well: they count only where nothing else does.
     ids = ids_of_classes(spec, shape) + start if spec.predicted else None
     excess = jnp.where(left_out, -1, 0).astype(dtype)
+    has_fine = label is not None and has_tail(spec, inputs)
     some = Some(
         jnp.where(left_out, jnp.finfo(dtype).min, signed),
         excess,
-        excess if spec.entropy and label is not None else None,
-        jnp.zeros_like(signed) if spec.entropy else None,
+        excess if has_fine else None,
+        jnp.zeros_like(signed) if spec.entropy or has_fine else None,
         label,
         tuple(map(alone, distributions)),
         ids,

@@ -30,6 +30,7 @@ from jaxlosses._math.classes import (
     expected,
     first,
     has_label,
+    has_tail,
     ids_of_classes,
     is_label,
     label_ids,
@@ -90,7 +91,8 @@ class Partial(NamedTuple):
             `label` and `rival`, likewise; or None.
         share: sum of `u_j`, or None.
         predicted: lowest id of the largest logit, or None.
-        tail: what the entropy needs of all of them, or None.
+        tail: what the entropy needs of all of them, and a spread with all its digits;
+            or None.
     """
 
     label: Values
@@ -204,7 +206,7 @@ def _against_label(
     """`gap`, and statistics from the label's logit and its rivals."""
     signed, magnitude = signed_of(inputs)
     part = reading.partial(spec, inputs, signed, magnitude)
-    if spec.entropy:
+    if has_tail(spec, inputs):
         part = part._replace(tail=reading.tail(spec, signed, magnitude))
     found = _finish(spec, part, magnitude, has_label(spec, inputs))
     return scaled(gap_of(spec, signed, found.peak, of_sum=True), magnitude), found
@@ -235,7 +237,7 @@ def partial(
     part = reading.partial(spec, inputs, signed, magnitude)
     peak = jnp.maximum(part.label, part.rival)
     slack, share, predicted, tail = part.slack, part.share, None, None
-    if spec.entropy:
+    if has_tail(spec, inputs):
         tail = reading.tail(spec, signed, magnitude)
     if uniform is not None:
         base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
