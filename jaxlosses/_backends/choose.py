@@ -40,8 +40,9 @@ def _evaluate(spec: Spec, inputs: Inputs) -> Statistics:
     if spec.softcap is not None:  # arithmetic of pairs in every step costs more
         return by_platform(on_cpu, functools.partial(statistics.evaluate, spec), inputs)
     once = functools.partial(online.evaluate, spec)
-    on_tpu = None  # too few classes for slices: one trace less
-    if online.may_slice(spec, inputs, _SLICES_ON_TPU):
+    on_tpu = None  # no slices: one trace less
+    # Slices of an axis that is split would move between devices.
+    if is_local() and online.may_slice(spec, inputs, _SLICES_ON_TPU):
         on_tpu = functools.partial(once, slices=_SLICES_ON_TPU)
     return by_platform(on_cpu, once, inputs, on_tpu=on_tpu)
 
