@@ -81,7 +81,9 @@ def linear_softmax_cross_entropy(
             latter, and with `forward_mode`. Else, and for symbolic sizes of
             `jax.export`, `"tokens"` for a sum or a mean, and `"recompute"` otherwise
             or with `forward_mode`; so, too, on automatic mesh axes, where slices of a
-            kernel that is split over devices would be gathered.
+            kernel that is split over devices would be gathered, unless
+            `jax.set_mesh` says how many devices there are, by which the classes are
+            divided into strips of a multiple of 128.
             `jaxlosses.testing.plan` says what it takes.
         workspace_bytes: bounds what is held at once beyond the arguments, the result,
             copies of `hidden` and the accumulators of the gradients (float32, of the

@@ -121,8 +121,7 @@ def plan(
     sizes = plans.sizes_of(matmul, head)
     examples, classes = math.prod(hidden.shape[:-1]), classes_of(layout, head.kernel)
     if way == "vocab":
-        piece = chosen.piece or -(-classes // chosen.num_chunks)
-        shape = (examples, piece)
+        shape = (examples, chosen.strips_of(classes).in_chunk)
     else:
         shape = (-(-examples // chosen.num_chunks), classes)
     return Plan(

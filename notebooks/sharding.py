@@ -283,8 +283,9 @@ np.testing.assert_allclose(value, whole[0], rtol=2e-6)
 #
 # The last two rows are there because of automatic axes: the sum of the kernel's
 # gradient in the loop that was seen above, and the slices that `strategy="vocab"` takes
-# of the kernel, which XLA gathers if the kernel is split. By hand and on explicit axes
-# neither happens.
+# of the kernel, which XLA gathers if the kernel is split. `jax.set_mesh` helps: if it
+# is known how many devices there are, no slice is larger than what one of them has. By
+# hand and on explicit axes neither happens.
 #
 # ## Several processes
 #

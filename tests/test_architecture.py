@@ -36,7 +36,7 @@ LAYERS = [
     {"_math.gradient", "_math.online", "_combine"},
     {"_rules", "_rows"},
     {"_options"},
-    {"_backends.head", "_backends.blocks", "_backends.folds", "_backends.once"},
+    {f"_backends.{name}" for name in ("head", "blocks", "folds", "once", "strips")},
     {"_backends.chunks", "_backends.sample"},
     {"_backends.cpu"},
     {"_backends.examples"},

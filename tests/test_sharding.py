@@ -442,8 +442,6 @@ def test_sharded_logits_are_reduced_where_they_are(
 def test_sharded_head_moves_its_gradients_and_vectors_alone(
     shape: tuple[int, int], strategy: str, kind: str
 ) -> None:
-    if (strategy, kind) == ("vocab", "Auto") and shape[1] > 1:
-        pytest.skip("its slices of a kernel that is split are gathered, as documented")
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(TOKENS, SEQUENCE, FEATURES)).astype(np.float32)
     kernel = (rng.normal(size=(FEATURES, CLASSES)) / 4).astype(np.float32)
@@ -646,6 +644,89 @@ def test_split_head_serves_forward_mode_second_derivatives_and_vmap() -> None:
             want,
             got,
         )
+
+
+@pytest.mark.without_llvm_passes
+@pytest.mark.parametrize(
+    ("classes", "layout", "forward_mode"),
+    # 8 strips, 1 and 4
+    turns([104, 37, 100], ["dv", "vd"], [False, True], of=4),
+)
+def test_pieces_of_strips_are_what_pieces_of_all_classes_are(
+    classes: int, layout: str, forward_mode: bool
+) -> None:
+    """Under `jax.set_mesh`, where automatic axes may have split the classes."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, FEATURES)).astype(np.float32)
+    kernel = rng.normal(size=(FEATURES, classes)).astype(np.float32)
+    kernel = kernel if layout == "dv" else kernel.T
+    bias, weights = rng.normal(size=(2, classes)).astype(np.float32) ** 2
+    ids = rng.integers(0, classes, B)
+    ids[:3] = [classes - 1, -1, classes]  # the last, and two that cannot be
+    mask = rng.random((B, classes)) < 0.8
+    top, share = np.argsort(rng.random((B, classes)))[:, :5], np.full((B, 5), 0.2)
+    static: dict[str, Any] = {"kernel_layout": layout, "forward_mode": forward_mode}
+
+    def all_of(strategy: str, hidden: Any, kernel: Any, bias: Any, weights: Any) -> Any:
+        how = static | {"strategy": strategy, "workspace_bytes": 4 * 5 * B * 5 * 2}
+        per_class, stats = jl.linear_softmax_cross_entropy(
+            hidden,
+            kernel,
+            ids,
+            bias,
+            class_weights=weights,
+            label_smoothing=0.1,
+            z_loss=0.01,
+            return_stats=("entropy", "rank"),
+            **how,
+        )
+        masked = jl.linear_softmax_cross_entropy(
+            hidden, kernel, ids, bias, where=mask, **how
+        )
+        of_top = jl.linear_softmax_cross_entropy_with_top_k_labels(
+            hidden, kernel, top, share.astype(np.float32), bias, rest="bucket", **how
+        )
+        return (per_class, masked, of_top), stats
+
+    def total(strategy: str, *arrays: Any) -> Any:
+        losses, stats = all_of(strategy, *arrays)
+        terms = [jnp.sum(jnp.where(jnp.isnan(a), 0, a) ** 2) for a in losses]
+        return sum(terms), (losses, stats)
+
+    def run(strategy: str, *arrays: Any) -> Any:
+        of = functools.partial(total, strategy)
+        return jax.jit(jax.value_and_grad(of, (0, 1, 2, 3), has_aux=True))(*arrays)
+
+    want = run("dense", hidden, kernel, bias, weights)
+    mesh = make_mesh((2, 4))
+    parts = ("data",), ("model",) if layout == "vd" else (None, "model"), ("model",)
+    if classes % 4:  # nothing but the examples is split
+        parts = ("data",), (), ()
+    with jax.set_mesh(mesh):
+        arrays = (hidden, kernel, bias, weights)
+        placed = (
+            put(mesh, a, *p) for a, p in zip(arrays, (*parts, parts[2]), strict=True)
+        )
+        got = run("vocab", *placed)
+
+    def same(a: Any, b: Any) -> None:
+        largest = np.nanmax(np.abs(a), initial=0)
+        np.testing.assert_allclose(a, b, rtol=5e-6, atol=5e-7 * largest)
+
+    jax.tree.map(same, want, got)
+
+
+def test_auto_takes_pieces_of_strips_that_are_whole_tiles() -> None:
+    def strategy(classes: int) -> str:
+        shapes = (4096, 4096), (4096, classes)
+        head = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes)
+        return jl.testing.plan(*head, platform="tpu").strategy
+
+    # The kernel's gradient in float32 takes more than all logits of a device.
+    assert strategy(256000) == "tokens"  # nobody knows the devices
+    with jax.set_mesh(make_mesh((2, 4))):
+        assert strategy(256000) == "vocab"
+        assert strategy(128256) == "tokens"  # eighths of which would be copied
 
 
 @pytest.mark.alternate

@@ -11,9 +11,10 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxlosses._backends.head import Head, Labels, Matmul, Wants, pull
+from jaxlosses._backends.strips import Strips
 from jaxlosses._platform import by_platform, take
 from jaxlosses._sharding import scan, typed_like
-from jaxlosses._types import Tree
+from jaxlosses._types import Size, Tree
 
 Result = TypeVar("Result")
 
@@ -33,7 +34,8 @@ class Plan:
         kernel_pieces: in how many pieces of classes a chunk of examples adds to the
             gradient of the kernel. Where a matmul cannot add to what is there, its
             result is as large as the kernel.
-        piece: classes of a chunk of classes; None for equal chunks.
+        strips: in how many strips the classes are, if they are cut.
+        piece: classes of a strip in a chunk of classes; None for equal chunks.
         rounds: whether a matmul that has a part of the kernel's gradient to itself may
             round it, too.
     """
@@ -43,8 +45,15 @@ class Plan:
     axis: int = 0
     local: bool = False
     kernel_pieces: int = 1
+    strips: int = 1
     piece: int | None = None
     rounds: bool = False
+
+    def strips_of(self, classes: Size) -> Strips:
+        """How chunks of so many classes are taken."""
+        length = classes // self.strips if self.strips > 1 else classes
+        size = self.piece or -(-length // self.num_chunks)
+        return Strips(self.strips, length, self.num_chunks, size)
 
 
 class Plans(NamedTuple):

@@ -175,7 +175,7 @@ def _strategy(request: Request, sizes: Sizes, workspace: int | None) -> Way:
         little = max(_DENSE_BYTES, kernel // _DENSE_PART)
     if sizes.held <= little:
         return "dense"
-    if not is_local():  # slices of a kernel that is split would be gathered
+    if not _may_cut(sizes.classes):
         return in_chunks
     if request.dense:  # whose classes are not cut
         return in_chunks if _pays(sizes) else "dense"
@@ -183,6 +183,24 @@ def _strategy(request: Request, sizes: Sizes, workspace: int | None) -> Way:
     if _FEW_EXAMPLES * sizes.held > few * sizes.examples or not _pays(sizes):
         return "vocab"
     return in_chunks
+
+
+def _may_cut(classes: int) -> bool:
+    """Whether chunks may be of classes.
+
+    A slice of a kernel that automatic axes may have split would be gathered, unless it
+    is one of strips. Where a strip is no whole number of tiles, a TPU copies the kernel
+    for that (NOTES.md, "Classes in strips").
+    """
+    if is_local():
+        return True
+    strips = _strips(classes)
+    return strips > 1 and classes // strips % _TILE == 0
+
+
+def _strips(classes: Size) -> int:
+    """Of the classes, so many that a device has whole ones as far as that is known."""
+    return math.gcd(classes, num_parts()) if are_numbers(classes) else 1
 
 
 def _pays(sizes: Sizes) -> bool:
@@ -238,9 +256,12 @@ def _by_classes(
     classes = sizes.classes
     known = are_numbers(sizes.examples, sizes.features, classes)
     bytes_ = _workspace(sizes, platform) if workspace is None else workspace
+    strips = _strips(classes)
+    length = classes // strips if strips > 1 else classes
     if platform == "cpu" or not known:
         # A piece keeps its logits beside the cotangent.
-        return Plan(matmul, _number(classes, 2 * sizes.held, bytes_))
+        number = _number(length, 2 * sizes.held, bytes_)
+        return Plan(matmul, number, strips=strips)
     if workspace is None:
         bytes_ = min(bytes_, int(_VOCAB_PART * sizes.materialised))
     sliced = 0 if platform == "tpu" else sizes.weight  # it reads slices in place
@@ -251,10 +272,11 @@ def _by_classes(
         on_chip = _VMEM // (sizes.examples * matmul.accumulation.itemsize)
         size = min(size, max(least, min(on_chip, most)))
     number = -(-classes // max(size, 1))
-    size = -(-classes // number)
-    if classes > _TILE:
-        size = min(classes, -(-size // _TILE) * _TILE)
-    return Plan(matmul, -(-classes // size), piece=size, rounds=is_local())
+    size = -(-length // number)
+    if length > _TILE:
+        size = min(length, -(-size // _TILE) * _TILE)
+    number = -(-length // size)
+    return Plan(matmul, number, strips=strips, piece=size, rounds=is_local())
 
 
 def _workspace(sizes: Sizes, platform: Platform) -> int:
@@ -285,7 +307,7 @@ def temporary_bytes(way: Way, plan: Plan, sizes: Sizes, platform: Platform) -> i
     if way == "dense":
         return int(examples * classes * entry)
     if way == "vocab":
-        piece = plan.piece or -(-classes // plan.num_chunks)
+        piece = plan.strips_of(classes).in_chunk
         logits = examples * piece * entry
         sliced = 0 if platform == "tpu" else sizes.weight + sizes.kernel_sum
         beside = sizes.hidden_sum * examples

@@ -36,7 +36,7 @@ from jaxlosses._math.classes import (
 )
 from jaxlosses._math.gradient import Cotangents
 from jaxlosses._math.statistics import Partial, Statistics
-from jaxlosses._platform import by_platform, put, take
+from jaxlosses._platform import by_platform
 from jaxlosses._sharding import scan, summed_like, varying_axes
 from jaxlosses._types import Tree
 
@@ -80,7 +80,7 @@ class ByClasses:
                 inputs = picks.rest_of(pieces.spec, inputs)
                 inputs = inputs._replace(labels=whole.labels)
             part = partial(pieces.spec, inputs, piece.target)
-            return _shifted(part, piece.start), picked
+            return pieces.numbered(part, piece.begin), picked
 
         def body(so_far: Tree, i: Array) -> tuple[Tree, None]:
             (before, picked), (part, more) = so_far, of(i)
@@ -89,11 +89,12 @@ class ByClasses:
             merged = jax.tree.map(lambda a: jnp.squeeze(a, 0), merged)
             return (merged, jax.tree.map(jnp.add, picked, more)), None
 
-        of_part, of_picks = jax.eval_shape(of, pieces.ids[0])
+        of_part, of_picks = jax.eval_shape(of, pieces.starts[0])
         start = _nothing(of_part), jax.tree.map(jnp.zeros_like, of_picks)
-        (part, picked), _ = scan(body, start, pieces.ids)
+        (part, picked), _ = scan(body, start, pieces.starts)
         if spec.shards != Whole():
-            part = _shifted(part, spec.shards.first_id(pieces.num_classes))
+            first = spec.shards.first_id(pieces.num_classes)
+            part = _renamed(part, lambda ids: ids + first)
             part = statistics.merge(spec, part, spec.shards, whole)
         found = statistics.finish(spec, part, whole)
         if picked is not None:
@@ -114,7 +115,7 @@ class ByClasses:
             more = statistics.number_ahead(pieces.spec, piece.inputs, label)
             return number + more, None
 
-        number, _ = scan(body, jnp.zeros(label.shape, jnp.int32), pieces.ids)
+        number, _ = scan(body, jnp.zeros(label.shape, jnp.int32), pieces.starts)
         number = self.spec.shards.sum(number)
         every = pieces.num_classes * self.spec.shards.count()
         return statistics.ranked(whole, found, number, every)
@@ -167,9 +168,7 @@ class ByClasses:
                 if a is None:
                     return None
                 part = part.astype(a.dtype)
-                if linear:
-                    return lax.dynamic_update_slice_in_dim(a, part, piece.start, axis)
-                return put(a, part, piece.start, axis)
+                return pieces.strips.place(a, part, piece.begin, axis, linear)
 
             d_head = Head(
                 jax.tree.map(jnp.add, carry.head.hidden, here.hidden),
@@ -191,26 +190,31 @@ class ByClasses:
             # Of the kernel's size; the pieces write every entry of it.
             return jnp.zeros_like(like) if linear else lax.empty(like.shape, like.dtype)
 
+        folded = pieces.product
         start = Product(
             Head(
                 zeros(head.hidden, wants.hidden),
-                unwritten(head.kernel) if wants.kernel else None,
-                zeros(head.bias, wants.bias),
+                unwritten(folded.head.kernel) if wants.kernel else None,
+                zeros(folded.head.bias, wants.bias),
             ),
-            zeros(product.class_weights, by_class),
+            zeros(folded.class_weights, by_class),
             zeros(product.scale, bool(wanted.scale)),
             NO_LABELS,
             None,
         )
         # The last chunks may overlap others, which overwrite what they share.
-        out, _ = scan(body, start, pieces.ids[::-1])
-        return out
+        out, _ = scan(body, start, pieces.starts[::-1])
+        unfold = pieces.strips.unfold
+        d_head = out.head._replace(
+            kernel=unfold(out.head.kernel, pieces.axis), bias=unfold(out.head.bias)
+        )
+        return out._replace(head=d_head, class_weights=unfold(out.class_weights))
 
 
 class _Piece(NamedTuple):
-    """A chunk of classes, with its logits."""
+    """A chunk of classes, with its logits, and where it begins in every strip."""
 
-    start: Array
+    begin: Array
     head: Head
     inputs: Inputs
     target: Values | None
@@ -225,11 +229,11 @@ class _Pieces:
         self.axis = 1 if plan.matmul.layout == "dv" else 0
         # What devices hold is merged once, after the loop.
         self.spec = dataclasses.replace(spec, shards=Whole())
+        self._axis = head.hidden.ndim - 1  # of the classes, in logits
         self.num_classes = classes_of(plan.matmul.layout, head.kernel)
-        self.ids = jnp.arange(plan.num_chunks, dtype=jnp.int32)
-        self._plan, self._product = plan, product
-        self._size = plan.piece or -(-self.num_classes // plan.num_chunks)
-        self._acc = plan.matmul.accumulation
+        self.strips = strips = plan.strips_of(self.num_classes)
+        self.starts = strips.starts
+        self._matmul = plan.matmul
         first = spec.shards.first_id(self.num_classes)
         self._labels = product.labels.ids - first
         self._picks: Array | None = None
@@ -238,48 +242,68 @@ class _Pieces:
         self._uniform: Uniform | None = None
         if spec.smooth:
             shape = (*head.hidden.shape[:-1], self.num_classes)
-            z = jax.ShapeDtypeStruct(shape, self._acc)
-            self._uniform = uniform_of(spec, _inputs(spec, z, product), self._acc)
+            z = jax.ShapeDtypeStruct(shape, plan.matmul.accumulation)
+            whole = uniform_of(spec, _inputs(spec, z, product), z.dtype)
+            self._uniform = whole._replace(
+                target=strips.fold(whole.target, self._axis),
+                others=strips.fold(whole.others, self._axis),
+            )
+        labels = product.labels
+        self.product = product._replace(
+            head=head._replace(
+                kernel=strips.fold(head.kernel, self.axis), bias=strips.fold(head.bias)
+            ),
+            class_weights=strips.fold(product.class_weights),
+            labels=labels._replace(exists=strips.fold(labels.exists, self._axis)),
+            exists=strips.fold(product.exists),
+        )
 
-    def take(self, i: Array) -> _Piece:
-        """Chunk `i`; classes that an earlier chunk has do not exist in it."""
-        product, size, rank = self._product, self._size, self._product.head.hidden.ndim
-        start = jnp.minimum(i * size, self.num_classes - size)
+    def take(self, start: Array) -> _Piece:
+        """A chunk; classes that an earlier chunk has do not exist in it."""
+        product, strips = self.product, self.strips
+        begin = strips.begin(start)
 
         def part(a: Tree, axis: int = 0) -> Tree:
-            return None if a is None else take(a, start, size, axis)
+            return strips.take(a, begin, axis)
 
         head = product.head._replace(
             kernel=part(product.head.kernel, self.axis), bias=part(product.head.bias)
         )
         exists = part(product.exists)
-        if size * self._plan.num_chunks != self.num_classes:
-            fresh = start + jnp.arange(size, dtype=jnp.int32) >= i * size
+        if strips.overlap:
+            fresh = strips.fresh(start)
             exists = fresh if exists is None else exists & fresh
         here = product._replace(
             class_weights=part(product.class_weights),
             labels=product.labels._replace(
-                ids=self._labels - start,
-                exists=part(product.labels.exists, rank - 1),
-                picks=self._picks_from(start, i * size),
+                ids=strips.places(self._labels, begin),
+                exists=part(product.labels.exists, self._axis),
+                picks=self._picks_in(start),
             ),
             exists=exists,
         )
-        inputs = _inputs(self.spec, project(self._plan.matmul, head), here)
+        inputs = _inputs(self.spec, project(self._matmul, head), here)
         target = uniform = None
         if self._uniform is not None:
             whole = self._uniform
-            target = part(whole.target, rank - 1)
-            uniform = Uniform(target, part(whole.others, rank - 1), whole.num_classes)
+            target = part(whole.target, self._axis)
+            others = part(whole.others, self._axis)
+            uniform = Uniform(target, others, whole.num_classes)
             if inputs.where is not None:
                 target = jnp.where(inputs.where, target, 0)
-        return _Piece(start, head, inputs, target, uniform)
+        return _Piece(begin, head, inputs, target, uniform)
 
-    def _picks_from(self, start: Array, fresh: Array) -> Array | None:
+    def numbered(self, part: Partial, begin: Array) -> Partial:
+        """What is known of a chunk, its class ids counted from the first of all."""
+        return _renamed(part, lambda ids: self.strips.ids(ids, begin))
+
+    def _picks_in(self, start: Array) -> Array | None:
         """Picks of a chunk, but for those that an earlier one has."""
         if self._picks is None:
             return None
-        return jnp.where(self._picks >= fresh, self._picks - start, -1)
+        picks = self.strips.places(self._picks, self.strips.begin(start))
+        again = self._picks % self.strips.length < start
+        return jnp.where(again, -1, picks)
 
 
 def _nothing(like: Partial) -> Partial:
@@ -300,9 +324,9 @@ def _inputs(spec: Spec, z: Shaped | None, product: Product) -> Inputs:
     return inputs_of(spec, z, labels, exists, class_weights, scale)
 
 
-def _shifted(part: Partial, start: Array) -> Partial:
-    """The same part, its class ids counted from the first of all classes."""
+def _renamed(part: Partial, ids: Callable[[Array], Array]) -> Partial:
+    """The same part with other class ids."""
     if part.predicted is None:
         return part
-    ids = jnp.where(part.predicted >= 0, part.predicted + start, -1)
-    return part._replace(predicted=ids)
+    there = part.predicted >= 0
+    return part._replace(predicted=jnp.where(there, ids(part.predicted), -1))
