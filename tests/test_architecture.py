@@ -37,7 +37,7 @@ LAYERS = [
     {"_rules", "_rows"},
     {"_options"},
     {f"_backends.{name}" for name in ("head", "blocks", "folds", "once", "strips")},
-    {"_backends.chunks", "_backends.sample"},
+    {"_backends.chunks", "_backends.direct"},
     {"_backends.cpu"},
     {"_backends.examples"},
     {"_backends.choose", "_backends.plan", "_backends.tokens", "_backends.vocab"},

@@ -1,9 +1,9 @@
 """Given logits on a CPU: rows in blocks that are read again from cache.
 
 Four readings: `once.FEW` of plain logits of few classes, class by class; `once.ONCE` of
-plain logits that fit a block; `BLOCK` of rows in cache, by reductions that are fast
-there; `SAMPLE` the same without a search for the largest logit. What each gains, and
-how it was found, is in benchmarks/NOTES.md.
+few plain logits; `BLOCK` of rows in cache, by reductions that are fast there; `DIRECT`
+the same without a search for the largest logit. What each gains, and how it was found,
+is in benchmarks/NOTES.md.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from jaxlosses._backends import folds, once, sample
+from jaxlosses._backends import direct, folds, once
 from jaxlosses._backends.blocks import by_rows, each, rows_of_block, short_rows
 from jaxlosses._backends.once import gathered, in_rows
 from jaxlosses._math import statistics, tails
@@ -44,13 +44,16 @@ Result = TypeVar("Result")
 # Up to so many classes, what is done with each is written out.
 FEW_CLASSES = 26
 
-# Where only sums are written, a block may be so many times as large (NOTES.md, "The
-# sample is spread, and each block decides").
+# Where only sums are written, a block may be so many times as large (NOTES.md, "Each
+# block decides").
 LARGER = 2
+
+# So many plain logits are read at once.
+FEW_LOGITS = 2**16
 
 
 def evaluate(
-    spec: Spec, inputs: Inputs, rows: int | None = None, sampled: bool = True
+    spec: Spec, inputs: Inputs, rows: int | None = None, directly: bool = True
 ) -> Statistics:
     """Statistics by blocks of rows, each small enough to be read again from cache.
 
@@ -58,7 +61,7 @@ def evaluate(
         spec: with the class axis last.
         inputs: any batch axes.
         rows: of a block; None for as many as fit.
-        sampled: whether plain rows may be sampled.
+        directly: whether plain rows may be read without a search for the largest logit.
     """
     *batch, num_classes = inputs.logits.shape
     plain = _is_plain(spec, inputs)
@@ -69,7 +72,7 @@ def evaluate(
     inputs = in_rows(inputs)
     num_rows = len(inputs.logits)
     rows = rows_of_block(num_classes) if rows is None else rows
-    sampled = sampled and num_rows > rows and num_classes >= sample.fewest(num_classes)
+    directly = directly and num_classes >= direct.fewest(num_classes)
     if plain and num_classes <= FEW_CLASSES:
         out = _of_few(one_axis, inputs)
     elif shares_terms(one_axis, inputs, rows):
@@ -82,9 +85,9 @@ def evaluate(
             rows,
         )
     else:
-        sampled &= nearly
-        read = _read_sampled if sampled else _read
-        if sampled and not spec.smooth and num_rows > LARGER * rows:
+        directly &= nearly
+        read = _read_directly if directly else _read
+        if directly and not spec.smooth and num_rows > LARGER * rows:
             rows *= LARGER
         part = by_rows(functools.partial(read, one_axis), inputs, num_rows, rows)
         # What is left to do per row takes a single loop, and not one per block.
@@ -113,7 +116,10 @@ def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
     """Whether the gradient takes the exponentials that the statistics took."""
     *batch, num_classes = inputs.logits.shape
     rows = rows_of_block(num_classes) if rows is None else rows
-    fits = math.prod(batch) <= rows
+    num_rows = math.prod(batch)
+    fits = num_rows <= rows
+    if num_classes >= direct.fewest(num_classes):
+        fits &= num_rows * num_classes < FEW_LOGITS
     return fits and num_classes > FEW_CLASSES and _is_plain(spec, inputs)
 
 
@@ -150,11 +156,11 @@ def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
     return part._replace(slack=slack, share=jnp.ones_like(slack))
 
 
-def _read_sampled(spec: Spec, block: Callable[[], Inputs]) -> Partial:
-    """The same without a search for the largest logit, if a sample is fit."""
+def _read_directly(spec: Spec, block: Callable[[], Inputs]) -> Partial:
+    """The same without a search for the largest, if no logit is too large for that."""
     inputs = block()
-    part = statistics.partial(spec, inputs, None, SAMPLE)
-    unsafe = ~sample.is_safe(part)
+    part = statistics.partial(spec, inputs, None, DIRECT)
+    unsafe = ~direct.is_safe(part)
     if inputs.counted is not None:
         unsafe &= inputs.counted
     # Cut out anew: as an operand of both branches a block would be copied.
@@ -260,4 +266,4 @@ def _rivals_in_cache(
 
 
 BLOCK = Reading(_partial_of_block, _tail_in_cache)
-SAMPLE = Reading(sample.partial, _tail_in_cache)
+DIRECT = Reading(direct.partial, _tail_in_cache)

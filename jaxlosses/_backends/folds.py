@@ -5,6 +5,7 @@ vectors of the axis behind it (benchmarks/NOTES.md, "An entropy in two folds").
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
@@ -96,9 +97,10 @@ def _folded(
 ) -> list[Operands]:
     """Terms of the entries, of which eight at a time have become one; and of others."""
     whole, *left = rows
-    cut = (len(whole), -1, _FOLD, _LANES)
+    # There may be no row at all.
+    cut = (len(whole), whole.shape[1] // (_FOLD * _LANES), _FOLD, _LANES)
     entries = tuple(a.reshape(cut) for a in terms(whole))
     start = tuple(jnp.asarray(a, whole.dtype) for a in nothing)
     folded = in_memory(lax.reduce(entries, start, both, (2,)))
-    found = tuple(a.reshape(len(whole), -1) for a in folded)
+    found = tuple(a.reshape(len(whole), math.prod(a.shape[1:])) for a in folded)
     return [found, *(in_memory(terms(a)) for a in left)]

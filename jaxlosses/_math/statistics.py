@@ -57,7 +57,7 @@ from jaxlosses._types import Size
 class Statistics(NamedTuple):
     """Statistics of each example, all of shape `K` in the accumulation dtype.
 
-    `peak` is the largest logit, or for a sample one near it, before cap and scale. It
+    `peak` is the largest logit, or a number near it, before cap and scale. It
     is taken for constant: the derivative of `lse = |scale| * cap(peak) + spread` is
     carried by `spread`. So it is with `depth`, which only the gradient of the entropy
     needs. Without labels `nll` is 0. Examples that do not count have zeros.
@@ -330,7 +330,7 @@ def _finish(
     nll = jnp.where(is_label, nll, jnp.nan)
     if part.tail is None:
         return Statistics(peak, spread, nll)
-    # The rival of a sample may be far below the peak, and `S - 1` has few digits.
+    # A rival may be a number near the peak, and `S - 1` has few digits.
     peak, spread = tails.peak_and_spread(part.tail)
     return with_entropy(Statistics(peak, spread, nll), part.tail)
 

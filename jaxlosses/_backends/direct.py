@@ -1,0 +1,129 @@
+"""A block of plain logits by their exponentials as they are: no search for the largest.
+
+The largest keeps a sum of exponentials from overflowing, and from losing its digits
+where all underflow. Few logits are so large or so small that it is needed for that; a
+sum shows whether they were (benchmarks/NOTES.md, "Exponentials as they are").
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxlosses._backends.blocks import each, short_rows
+from jaxlosses._backends.once import gathered
+from jaxlosses._elementary import exp
+from jaxlosses._math.classes import (
+    Ids,
+    Inputs,
+    Mask,
+    Spec,
+    Values,
+    accumulation_dtype,
+    ids_of_classes,
+    total,
+)
+from jaxlosses._math.statistics import Partial
+from jaxlosses._platform import in_memory
+
+# Shorter rows cost more to begin with than is saved, and if they are no multiple of a
+# fold those that are shorter than the second number.
+FEWEST_CLASSES = (128, 256)
+# So many exponentials are added up before any is written: what one core has written is
+# slow to read for another. A loop over more would not be unrolled (NOTES.md, "Eight of
+# them added up").
+_LARGEST_FOLD = 8
+# float32 numbers of a vector of XLA:CPU.
+_LANES = 8
+# Of a label, in nats. Beyond it, exponentials are relative to the label's.
+_LARGEST_LABEL = 60
+# Of a sum of exponentials, in nats above or below one; and of those relative to the
+# label, where a difference of 24 nats is rounded by 2^-20.
+_LARGEST_LEVEL = (69, 24)
+# Of how far a label is ahead of such a sum: more would underflow; and likewise, where
+# there are no terms that are larger.
+_LARGEST_LEAD = (80, 8)
+
+
+def fewest(num_classes: int) -> int:
+    """How many classes a row is to have."""
+    even, uneven = FEWEST_CLASSES
+    return uneven if _fold_of(num_classes) is None else even
+
+
+def partial(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """What a loss on class ids needs of a block.
+
+    In the place of a rival is the logarithm of the sum of exponentials of the other
+    classes, of which the mass is one but for roundings. `is_safe` says whether the
+    exponentials were fit.
+    """
+    del magnitude  # of plain logits
+    logits, labels = inputs.logits, inputs.labels
+    num_rows, num_classes = logits.shape
+    label = gathered(inputs, signed, spec)
+    base = in_memory(_base_of(label))
+    middle = in_memory(jnp.where(jnp.isfinite(label), label, 0))
+
+    def wide(logits: Values) -> Values:
+        return logits.astype(accumulation_dtype(logits.dtype))
+
+    def terms(logits: Values, ids: Ids) -> tuple[Values, ...]:
+        others = jnp.where(ids == labels, -jnp.inf, wide(logits))
+        mass = exp(others - base)
+        return (mass, middle - wide(logits)) if spec.smooth else (mass,)
+
+    def summed(a: Values) -> Values:
+        return total(spec, each(short_rows(a), lambda a, _: jnp.sum(a, 1)))
+
+    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        if spec.smooth:
+            return tuple(x + y for x, y in zip(a, b, strict=True))
+        # For a plain sum XLA:CPU calls a library, to which all terms would be written
+        # first; it does not for a sum of absolute values. No exponential is negative.
+        return (a[0] + jnp.abs(b[0]),)
+
+    ids = ids_of_classes(spec, logits.shape)
+    fold = _fold_of(num_classes) or _LARGEST_FOLD
+    number = num_classes // (fold * _LANES)
+    size, cut = number * fold * _LANES, (num_rows, number, fold, _LANES)
+    entries = tuple(a.reshape(cut) for a in terms(logits[:, :size], ids[:, :size]))
+    zeros = tuple(jnp.zeros((), a.dtype) for a in entries)
+    folded = in_memory(lax.reduce(entries, zeros, add, (2,)))
+    sums = tuple(summed(a.reshape(num_rows, number * _LANES)) for a in folded)
+    if size < num_classes:
+        left = terms(logits[:, size:], ids[:, size:])
+        sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
+    mass, *behind = sums
+    rival = base + jnp.log(mass)
+    part = Partial(label, rival, mass * exp(base - rival))
+    if not behind:
+        return part
+    slack = behind[0] / num_classes + (jnp.maximum(label, rival) - middle)
+    return part._replace(slack=slack, share=jnp.ones_like(slack))
+
+
+def _base_of(label: Values) -> Values:
+    """What exponentials are relative to."""
+    far = (jnp.abs(label) > _LARGEST_LABEL) & jnp.isfinite(label)
+    return jnp.where(far, label, 0)
+
+
+def _fold_of(num_classes: int) -> int | None:
+    """How many exponentials are added up at a time if none is to be left over."""
+    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
+    return next((n for n in folds if num_classes % (n * _LANES) == 0), None)
+
+
+def is_safe(part: Partial) -> Mask:
+    """Whether no exponential overflowed, and none that counts underflowed.
+
+    NaN is not safe.
+    """
+    base = _base_of(part.label)
+    level, lead = jnp.abs(part.rival - base), part.label - part.rival
+    most, furthest = (
+        jnp.where(base == 0, *of) for of in (_LARGEST_LEVEL, _LARGEST_LEAD)
+    )
+    return (level < most) & (lead < furthest)
