@@ -31,9 +31,10 @@ _ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("_math/online",), ("online", "lowering")),
     (("_math/tails", "_backends/folds"), ("log_probs", "blocks")),
     (
-        ("_backends/cpu", "_backends/once", "_backends/logits", "_backends/choose"),
+        tuple(f"_backends/{m}" for m in ("cpu", "direct", "once", "logits", "choose")),
         ("blocks", "cross_entropy", "log_probs"),
     ),
+    (("_backends/strips", "_backends/vocab"), ("sharding", "linear", "top_k")),
     (("_backends/plan",), ("testing", "linear")),
     (("_backends/",), ("properties", "linear", "linear_loss")),
     (("_options", "_combine"), ("denominators", "cross_entropy", "stats")),
