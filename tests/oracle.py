@@ -311,8 +311,8 @@ def _rows(
     counted = exists.any(-1)
     if ids_given:
         ids = labels.astype(np.int64).ravel()
-        one_hot = exists & (np.arange(layout.classes) == ids[:, None])
-        q, bad = _longdouble(one_hot), bad | ~one_hot.any(-1)
+        named = np.arange(layout.classes) == ids[:, None]
+        q, bad = _longdouble(exists & named), bad | ~(exists & named).any(-1)
         counted = counted & (ids != ignore_index)
     else:
         assert labels.ndim == given.ndim, (labels.shape, given.shape)
@@ -335,7 +335,9 @@ def _rows(
     parts = np.stack([_times(tau, nll).sum(-1), zeta * lse[:, 0] ** 2])
     parts = np.where(counted, np.where(bad, np.nan, parts), 0)
     counts = counted & (weight != 0)
-    weighs_class = ids_given and class_weights is not None
+    denominator = np.ones_like(weight)
+    if ids_given and class_weights is not None:  # also of a class that does not exist
+        denominator = (w * named).sum(-1)
     return SimpleNamespace(
         layout=layout, ids_given=ids_given, exists=exists, bad=bad, counted=counted,
         counts=counts, weight=weight, class_weights=w, q=q, uniform=uniform,
@@ -343,7 +345,7 @@ def _rows(
         slope=slope, capped=capped, loss=parts,
         pull=_sum_of_others(tau) * p, push=tau * not_p,
         weighted=np.where(counts, weight * parts, 0),
-        denominator=(w * q).sum(-1) if weighs_class else np.ones_like(weight),
+        denominator=denominator,
     )  # fmt: skip
 
 

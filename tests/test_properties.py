@@ -423,6 +423,17 @@ def test_a_class_of_no_probability_that_no_label_has_weighs_nothing(
 
 
 @pytest.mark.parametrize("name", TAKE_IDS)
+def test_a_label_that_is_masked_weighs_what_its_class_weighs(name: str) -> None:
+    """The mean is NaN; the oracle divided the gradient of other rows by less."""
+    logits, labels = np.zeros((3, 2)), np.array([0, 1, 1])
+    where = np.array([[True, True], [True, True], [True, False]])
+    options = {"where": where, "class_weights": np.array([3.0, 1.0])}
+    loss, gradients = check(logits, labels, name=name, reduction="mean", **options)
+    assert np.isnan(loss)
+    np.testing.assert_allclose(gradients["logits"][:2, 0], [-0.3, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TAKE_IDS)
 def test_the_surprise_of_a_certain_class_that_is_no_label(name: str) -> None:
     """The gradient by its weight, 2e-9, was wrong by half of it."""
     logits = np.array([[18.0, 0.0, -1e-3]])
