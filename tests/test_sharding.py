@@ -650,7 +650,7 @@ def test_split_head_serves_forward_mode_second_derivatives_and_vmap() -> None:
 @pytest.mark.parametrize(
     ("classes", "layout", "forward_mode"),
     # 8 strips, 1 and 4
-    turns([104, 37, 100], ["dv", "vd"], [False, True], of=4),
+    turns([104, 37, 100], ["dv", "vd"], [False, True], of=5),
 )
 def test_pieces_of_strips_are_what_pieces_of_all_classes_are(
     classes: int, layout: str, forward_mode: bool
