@@ -64,7 +64,8 @@ def plan(
     The strategy depends on shapes, dtypes and sharding alone; the chunks on the
     platform, too. Under `jax.set_mesh` with automatic axes the examples count as
     spread over all of them. A process with several devices may have split the kernel,
-    whose slices `"auto"` then leaves alone.
+    whose slices `"auto"` then leaves alone, unless `jax.set_mesh` says how many devices
+    there are and each has whole tiles of the classes.
 
     Args:
         hidden: an array, or a `jax.ShapeDtypeStruct`: `B... D`.

@@ -51,7 +51,7 @@ class Plan:
 
     def strips_of(self, classes: Size) -> Strips:
         """How chunks of so many classes are taken."""
-        length = classes // self.strips if self.strips > 1 else classes
+        length = classes // self.strips
         size = self.piece or -(-length // self.num_chunks)
         return Strips(self.strips, length, self.num_chunks, size)
 

@@ -257,7 +257,7 @@ def _by_classes(
     known = are_numbers(sizes.examples, sizes.features, classes)
     bytes_ = _workspace(sizes, platform) if workspace is None else workspace
     strips = _strips(classes)
-    length = classes // strips if strips > 1 else classes
+    length = classes // strips
     if platform == "cpu" or not known:
         # A piece keeps its logits beside the cotangent.
         number = _number(length, 2 * sizes.held, bytes_)

@@ -97,16 +97,12 @@ class Strips:
         each = self.begin(start) + jnp.arange(self.size, dtype=jnp.int32) >= start
         return jnp.tile(each, self.number)
 
-    def places(self, ids: Array, begin: Array) -> Array:
+    def places(self, ids: Array, start: Array) -> Array:
         """Where a chunk has classes; nowhere in it, where another has them."""
-        if self.number == 1:
-            return ids - begin
-        strip, place = ids // self.length, ids % self.length - begin
-        here = (ids >= 0) & (place >= 0) & (place < self.size)
-        return jnp.where(here, strip * self.size + place, -1)
+        strip, place, begin = ids // self.length, ids % self.length, self.begin(start)
+        fresh = (ids >= 0) & (place >= start) & (place < begin + self.size)
+        return jnp.where(fresh, strip * self.size + place - begin, -1)
 
     def ids(self, places: Array, begin: Array) -> Array:
         """The inverse, for what is there."""
-        if self.number == 1:
-            return places + begin
         return places // self.size * self.length + places % self.size + begin

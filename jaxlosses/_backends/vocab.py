@@ -266,6 +266,9 @@ class _Pieces:
         def part(a: Tree, axis: int = 0) -> Tree:
             return strips.take(a, begin, axis)
 
+        def placed(ids: Array) -> Array:
+            return strips.places(ids, start)
+
         head = product.head._replace(
             kernel=part(product.head.kernel, self.axis), bias=part(product.head.bias)
         )
@@ -276,9 +279,9 @@ class _Pieces:
         here = product._replace(
             class_weights=part(product.class_weights),
             labels=product.labels._replace(
-                ids=strips.places(self._labels, begin),
+                ids=placed(self._labels),
                 exists=part(product.labels.exists, self._axis),
-                picks=self._picks_in(start),
+                picks=jax.tree.map(placed, self._picks),
             ),
             exists=exists,
         )
@@ -296,14 +299,6 @@ class _Pieces:
     def numbered(self, part: Partial, begin: Array) -> Partial:
         """What is known of a chunk, its class ids counted from the first of all."""
         return _renamed(part, lambda ids: self.strips.ids(ids, begin))
-
-    def _picks_in(self, start: Array) -> Array | None:
-        """Picks of a chunk, but for those that an earlier one has."""
-        if self._picks is None:
-            return None
-        picks = self.strips.places(self._picks, self.strips.begin(start))
-        again = self._picks % self.strips.length < start
-        return jnp.where(again, -1, picks)
 
 
 def _nothing(like: Partial) -> Partial:
