@@ -101,11 +101,8 @@ def divergence(rule: Rule, operands: Operands) -> Found:
     rule = dataclasses.replace(rule, spec=dataclasses.replace(rule.spec, axes=(1,)))
     operands = in_rows(operands)
 
-    def normalizer(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
-        return tails.peak_and_spread(statistics.normalize(spec, inputs, BLOCK)[1])
-
     def of_block(block: Callable[[], Operands]) -> Found:
-        return evaluate_divergence(rule, normalizer, block())
+        return evaluate_divergence(rule, _peak_and_spread, block())
 
     rows = rows_of_block(4 * num_classes)  # of both, and of their probabilities
     found = by_rows(of_block, operands, len(operands.student), rows)
@@ -263,6 +260,14 @@ def _rivals_in_cache(
         return jnp.sum(jnp.exp(scaled(gap, magnitude)), 1)
 
     return rival, total(spec, each(rows, mass)), None
+
+
+def _peak_and_spread(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
+    """What turns logits of a block into probabilities, but for a rounding of one."""
+    signed, magnitude = signed_of(inputs)
+    peak, mass, _ = _rivals_in_cache(spec, signed, magnitude)
+    peak = tails.proper(peak)
+    return peak, jnp.where(jnp.isnan(peak), peak, jnp.log(mass))
 
 
 BLOCK = Reading(_partial_of_block, _tail_in_cache)

@@ -52,13 +52,41 @@ def divergence(rule: Rule, operands: Operands) -> Values:
 def evaluate(rule: Rule, normalizer: Normalizer, operands: Operands) -> Found:
     """The same without a derivative, and what that needs besides."""
     norms = _norms(rule, normalizer, operands)
-    parts = parts_of(rule, operands, norms)
-    value = _value(rule, operands, parts)
-    if rule.kind.direction != "forward":
-        norms = _with_mean(rule, operands, norms, parts)
+    if rule.kind.direction == "jensen_shannon":
+        found = _to_mixture(rule, operands, norms)
+    else:
+        found = _relative_entropy(rule, operands, norms)
     # `jax_debug_nans` looks at what is kept of examples that do not count, too.
-    found = Found(value, norms)
     return jax.tree.map(lambda a: masked(operands.counted, a), found)
+
+
+def _relative_entropy(rule: Rule, operands: Operands, norms: Norms) -> Found:
+    """A KL, of log-ratios that are all wrong by the same: by half its square."""
+    student, teacher, lead = parts_of(rule, operands, norms)
+    is_forward = rule.kind.direction == "forward"
+    log_p, log_q = (teacher, student) if is_forward else (student, teacher)
+    ahead = lead if is_forward else -lead
+    larger = exp(jnp.where(ahead > 0, log_p, log_q))
+    terms = ratios.relative_entropy(larger, ahead)
+    value, over = (total(rule.spec, a) for a in terms)
+    lost = jnp.log1p(over)
+    value = jnp.maximum(value - lost * lost / 2, 0)
+    lost = lost if is_forward else -lost
+    norms = norms._replace(ahead=norms.ahead + lost)
+    if not is_forward:
+        norms = _with_mean(rule, operands, norms, Parts(student, teacher, lead - lost))
+    return Found(value, norms)
+
+
+def _to_mixture(rule: Rule, operands: Operands, norms: Norms) -> Found:
+    """A Jensen-Shannon divergence, of log-ratios with all their digits."""
+    over = total(rule.spec, ratios.excess(*parts_of(rule, operands, norms)))
+    norms = norms._replace(ahead=norms.ahead + jnp.log1p(over))
+    parts, weight = parts_of(rule, operands, norms), operands.teacher_weight
+    assert weight is not None
+    student, teacher = exp(parts.student), exp(parts.teacher)
+    value = total(rule.spec, ratios.to_mixture(student, teacher, parts.lead, weight))
+    return Found(value, _with_mean(rule, operands, norms, parts))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -91,19 +119,6 @@ def _differentiable_jvp(
     return _differentiable(rule, operands, value, norms), d
 
 
-def _value(rule: Rule, operands: Operands, parts: Parts) -> Values:
-    match rule.kind.direction:
-        case "forward":
-            terms = ratios.relative_entropy(parts.teacher, parts.student, parts.lead)
-        case "reverse":
-            terms = ratios.relative_entropy(parts.student, parts.teacher, -parts.lead)
-        case "jensen_shannon":
-            weight = operands.teacher_weight
-            assert weight is not None
-            terms = ratios.to_mixture(*parts, weight)
-    return total(rule.spec, terms)
-
-
 def _slope(rule: Rule, operands: Operands, norms: Norms, value: Values) -> Values:
     """The derivative by every logit of the student, after cap and scale.
 
@@ -111,7 +126,7 @@ def _slope(rule: Rule, operands: Operands, norms: Norms, value: Values) -> Value
     `s_j sum_k s_k (f_k - f_j)` for all but the forward direction.
     """
     parts = parts_of(rule, operands, norms)
-    student, weight = parts.student, operands.teacher_weight
+    student, weight = exp(parts.student), operands.teacher_weight
     if rule.kind.direction == "forward":
         slope = -ratios.excess(*parts)
     else:
@@ -139,7 +154,8 @@ def _with_mean(rule: Rule, operands: Operands, norms: Norms, parts: Parts) -> No
 
 def _mean(rule: Rule, operands: Operands, norms: Norms, parts: Parts) -> Values:
     beyond = _beyond_peak(rule, operands, norms, parts)
-    terms = jnp.where(parts.student == 0, 0, parts.student * beyond)
+    student = exp(parts.student)
+    terms = jnp.where(student == 0, 0, student * beyond)
     return total(rule.spec, terms)
 
 
@@ -165,28 +181,21 @@ def _log_ratio(operands: Operands, lead: Values) -> Values:
 
 
 def _norms(rule: Rule, normalizer: Normalizer, operands: Operands) -> Norms:
-    """Peaks and spreads, and the difference of these from those of the logits.
+    """Peaks and spreads, and about the difference of these from those of the logits.
 
-    Each spread is rounded, and near convergence a rounding is more than `d_j`. With
-    `g_j` what the teacher's logit is ahead, each below its peak, the difference is
-
-        log1p(sum_j s_j (exp(g_j) - 1)) = -log1p(sum_j t_j (exp(-g_j) - 1))
-
-    which is 0 where all `g_j` are, and in which spreads are but factors.
+    Each spread is rounded, and near convergence a rounding is more than `d_j`. What is
+    lost so, `log sum_j s_j exp(d_j)`, is `log1p` of the sum of `t_j - s_j`, taken from
+    `d_j`: it is 0 where these are, and sums of exponentials are but factors in it.
     """
     student, teacher = inputs_of(operands)
     (peak, spread), (teacher_peak, teacher_spread) = (
         normalizer(rule.spec, student),
         normalizer(rule.teacher, teacher),
     )
-    norms = Norms(peak, spread, teacher_peak, teacher_spread, jnp.zeros_like(peak))
-    parts = parts_of(rule, operands, norms)
-    ratio = exp(teacher_spread - spread)
-    over = total(
-        rule.spec, ratios.excess(parts.student, ratio * parts.teacher, parts.lead)
-    )
-    ahead = jnp.where(ratio >= 1, jnp.log1p(over), -jnp.log1p(-over / ratio))
-    return norms._replace(ahead=ahead)
+    ahead = teacher_spread - spread
+    # What may be nothing but roundings would cost the digits of a smaller difference.
+    ahead = jnp.where(jnp.abs(ahead) < 4 * jnp.finfo(ahead.dtype).eps, 0, ahead)
+    return Norms(peak, spread, teacher_peak, teacher_spread, ahead)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -202,7 +211,7 @@ def _differentiable_norms_jvp(
 ) -> tuple[Norms, Norms]:
     (operands, norms), ((d_student, *_), _) = primals, tangents
     norms = _differentiable_norms(rule, operands, norms)
-    p = parts_of(rule, operands, norms).student
+    p = exp(parts_of(rule, operands, norms).student)
     d_spread = total(rule.spec, p * moved(rule, operands, d_student))
     d_spread = masked(operands.counted, d_spread)
     d_norms = jax.tree.map(jnp.zeros_like, norms)._replace(spread=d_spread)

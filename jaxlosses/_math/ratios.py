@@ -20,33 +20,43 @@ _FAR = 60
 
 
 @jax.custom_jvp
-def excess(student: Values, teacher: Values, lead: Values) -> Values:
+def excess(log_s: Values, log_t: Values, lead: Values) -> Values:
     """`t_j - s_j`, by the larger of them."""
+    is_behind = lead <= 0
+    larger = exp(jnp.where(is_behind, log_s, log_t))
     behind = expm1(-jnp.abs(lead))
-    return jnp.where(lead <= 0, student * behind, -teacher * behind)
+    return larger * jnp.where(is_behind, behind, -behind)
 
 
 @excess.defjvp
 def _excess_jvp(
     primals: tuple[Values, Values, Values], tangents: tuple[Values, Values, Values]
 ) -> tuple[Values, Values]:
-    d_student, d_teacher, _ = tangents
-    return excess(*primals), d_teacher - d_student
+    (log_s, log_t, _), (d_s, d_t, _) = primals, tangents
+    return excess(*primals), exp(log_t) * d_t - exp(log_s) * d_s
 
 
-def relative_entropy(p: Values, q: Values, lead: Values) -> Values:
-    """`p (d + exp(-d) - 1)` with `d = log p - log q`, by the larger of them."""
-    size = jnp.abs(lead)
-    near = jnp.where(size <= 1, lead, 0)
-    series = pairs.series_of_exp(-near, 2, _LAST_OF_EXP[p.dtype.itemsize])
+def relative_entropy(larger: Values, lead: Values) -> tuple[Values, Values]:
+    """`p (d + exp(-d) - 1)` with `d = log p - log q`, and `p - q`.
+
+    Args:
+        larger: the larger of `p` and `q`.
+        lead: `d`.
+    """
+    size, is_ahead = jnp.abs(lead), lead > 0
     behind = exp(-size)
+    p = jnp.where(is_ahead, larger, larger * behind)
+    excess = larger * jnp.where(is_ahead, 1 - behind, behind - 1)
     # Where there is nothing of one of them, `0 * inf` would be NaN.
-    far = jnp.where(jnp.isinf(size), 0, size)
-    ahead = p * ((far - 1) + behind)
-    below = q * (1 - behind * (1 + far))
-    terms = jnp.where(lead > 0, ahead, below)
-    terms = jnp.where(size <= 1, p * (near * near * series), terms)
-    return jnp.where(lead == jnp.inf, jnp.inf, terms)
+    terms = p * jnp.where(jnp.isinf(size), 0, lead) - excess
+    terms = jnp.where(lead == jnp.inf, jnp.inf, terms)
+    near = jnp.where(size <= 1, lead, 0)
+    series = pairs.series_of_exp(-near, 2, _LAST_OF_EXP[larger.dtype.itemsize])
+    small = near * near * series
+    return (
+        jnp.where(size <= 1, p * small, terms),
+        jnp.where(size <= 1, p * (near - small), excess),
+    )
 
 
 def to_mixture(

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlosses._elementary import exp
 from jaxlosses._math import pairs, softcap
 from jaxlosses._math.classes import (
     Inputs,
@@ -109,7 +108,7 @@ class Norms(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Of each class, the probabilities of both, and `d_j`."""
+    """Of each class, the logarithms of both probabilities, and `d_j`."""
 
     student: Values
     teacher: Values
@@ -125,15 +124,15 @@ class Found(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def parts_of(rule: Rule, operands: Operands, norms: Norms) -> Parts:
-    """Probabilities and the logarithm of their ratio."""
+    """Logarithms of probabilities, and of their ratio."""
     spec, scale = rule.spec, operands.scale
     (student, _), (teacher, _) = map(signed_of, inputs_of(operands))
     is_student, is_teacher = student != -jnp.inf, teacher != -jnp.inf
     student, teacher = masked(is_student, student), masked(is_teacher, teacher)
 
-    def share(spec: Spec, some: Mask, z: Values, peak: Values, low: Values) -> Values:
+    def log_of(spec: Spec, some: Mask, z: Values, peak: Values, low: Values) -> Values:
         behind = scaled(gap_of(spec, z, peak), scale) - low
-        return exp(jnp.where(some, behind, -jnp.inf))
+        return jnp.where(some, behind, -jnp.inf)
 
     ahead = _pair_of(rule, teacher, student)
     peaks = _pair_of(rule, norms.teacher_peak, norms.peak)
@@ -145,8 +144,8 @@ def parts_of(rule: Rule, operands: Operands, norms: Norms) -> Parts:
     lead = jnp.where(is_teacher, lead, -jnp.inf)
     lead = jnp.where(is_student, lead, jnp.where(is_teacher, jnp.inf, 0))
     return Parts(
-        share(spec, is_student, student, norms.peak, norms.spread),
-        share(
+        log_of(spec, is_student, student, norms.peak, norms.spread),
+        log_of(
             rule.teacher, is_teacher, teacher, norms.teacher_peak, norms.teacher_spread
         ),
         lead,
@@ -164,7 +163,7 @@ def _parts_jvp(
     d = moved(rule, operands, d_student) - d_norms.spread
     if operands.where is not None:
         d = masked(operands.where, d)
-    return parts, Parts(parts.student * d, jnp.zeros_like(d), -d)
+    return parts, Parts(d, jnp.zeros_like(d), -d)
 
 
 def _pair_of(rule: Rule, teacher: Values, student: Values) -> Pair:
@@ -194,7 +193,7 @@ def _pair_of(rule: Rule, teacher: Values, student: Values) -> Pair:
 
 
 def inputs_of(operands: Operands) -> tuple[Inputs, Inputs]:
-    """Both as the normalizer takes them: sums are in the student's dtype."""
+    """Both as they are read: sums are in the student's dtype."""
     student, teacher, where, counted, scale, *_ = operands
     dtype = accumulation_dtype(student.dtype)
     if accumulation_dtype(teacher.dtype) != dtype:
