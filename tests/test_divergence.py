@@ -183,7 +183,7 @@ def test_a_mixture_has_its_digits_beside_either_part(weight: float) -> None:
     with mp.workdps(60):
         b = mp.mpf(float(part))
         want = [float(mp.log(b * mp.exp(mp.mpf(float(d))) + 1 - b)) for d in lead]
-    found = jax.jit(ratios.log_of_mixture)(lead, jnp.asarray(part))
+    found = jax.jit(ratios.log_of_mixture)(lead, jnp.asarray(part), 1 - part)
     np.testing.assert_allclose(found, want, rtol=2e-6)
 
 

@@ -37,6 +37,8 @@ from jaxlosses._math.teacher import (
 
 # `peak` and `spread` of some logits.
 Normalizer = Callable[[Spec, Inputs], tuple[Values, Values]]
+# Below, a teacher has nothing of a mixture that counts.
+_LEAST_LEAD = -40
 
 
 def divergence(rule: Rule, operands: Operands) -> Values:
@@ -147,7 +149,8 @@ def _with_mean(rule: Rule, operands: Operands, norms: Norms, parts: Parts) -> No
     """The same with what the slope needs of all classes."""
     at_peak = is_peak(operands, norms)
     top = largest(rule.spec, jnp.where(at_peak, parts.lead, -jnp.inf))
-    top = _log_ratio(operands, top)
+    if operands.teacher_weight is not None:
+        top = jnp.maximum(top, _LEAST_LEAD)
     norms = norms._replace(top=top, ties=total(rule.spec, at_peak.astype(top.dtype)))
     return norms._replace(mean=_mean(rule, operands, norms, parts))
 
@@ -167,14 +170,15 @@ def _beyond_peak(rule: Rule, operands: Operands, norms: Norms, parts: Parts) -> 
     every constant in the place of `f_r`.
     """
     assert norms.top is not None
-    beyond = _log_ratio(operands, parts.lead) - lax.stop_gradient(norms.top)
+    top, weight = lax.stop_gradient(norms.top), operands.teacher_weight
+    beyond = parts.lead - top
+    if weight is not None:
+        # f_j - f_r is of the same form, with what the teacher has of the mixture at r.
+        odds = top + (jnp.log(weight) - jnp.log1p(-weight))
+        shares = jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds)
+        beyond = ratios.log_of_mixture(beyond, *shares)
     alone = (norms.ties == 1) & is_peak(operands, norms)
     return beyond - jnp.where(alone, lax.stop_gradient(beyond), 0)
-
-
-def _log_ratio(operands: Operands, lead: Values) -> Values:
-    weight = operands.teacher_weight
-    return lead if weight is None else ratios.log_of_mixture(lead, weight)
 
 
 # --- Peaks and spreads.

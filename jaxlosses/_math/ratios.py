@@ -15,7 +15,7 @@ from jaxlosses._math.classes import Values
 _LAST_OF_EXP = {4: 11, 8: 20}
 # Terms of `log((1 + s) / (1 - s)) / 2`, for `|d| <= 1 / 2`.
 _LAST_OF_LOG = {4: 13, 8: 29}
-# Where `exp(y)` does not overflow, and `log(1 + b exp(y))` is `y + log(b)`.
+# Where `exp(y)` does not overflow, and `log(1 + b exp(y))` grows as `y` does.
 _FAR = 60
 
 
@@ -89,19 +89,19 @@ def to_mixture(
 
 
 @jax.custom_jvp
-def log_of_mixture(lead: Values, teacher_weight: Values) -> Values:
-    """`log(m / s)`, of the mixture to the student."""
-    a, b = _ordered(lead, teacher_weight, 1 - teacher_weight)
+def log_of_mixture(lead: Values, teacher: Values, student: Values) -> Values:
+    """`log(b exp(d) + c)` of weights `b` and `c` with the sum 1."""
+    a, b = _ordered(lead, teacher, student)
     *_, log_p, log_q = _of_mixture(a, b, jnp.abs(lead))
     return jnp.where(lead >= 0, log_q, log_p)
 
 
 @log_of_mixture.defjvp
 def _log_of_mixture_jvp(
-    primals: tuple[Values, Values], tangents: tuple[Values, Values]
+    primals: tuple[Values, Values, Values], tangents: tuple[Values, Values, Values]
 ) -> tuple[Values, Values]:
-    lead, weight = primals
-    share = jax.nn.sigmoid(lead + (jnp.log(weight) - jnp.log1p(-weight)))
+    lead, teacher, student = primals
+    share = jax.nn.sigmoid(lead + (jnp.log(teacher) - jnp.log(student)))
     return log_of_mixture(*primals), share * tangents[0]
 
 
@@ -118,7 +118,6 @@ def _of_mixture(a: Values, b: Values, size: Values) -> tuple[Values, ...]:
         `m / p - 1`, `m / q - 1`, and their logarithms `log(m / p)` and `log(m / q)`,
         for `log(p / q)` of some size.
     """
-    behind = expm1(-size)
-    u, v = b * behind, a * (-behind / exp(-jnp.minimum(size, _FAR)))
-    log_p = log1p(u)
-    return u, v, log_p, jnp.where(size < _FAR, log1p(v), log_p + size)
+    behind, near = expm1(-size), jnp.minimum(size, _FAR)
+    u, v = b * behind, a * (-behind / exp(-near))
+    return u, v, log1p(u), log1p(v) + (size - near)

@@ -92,7 +92,7 @@ class Norms(NamedTuple):
         teacher_peak: of the teacher.
         teacher_spread: of the teacher.
         ahead: what the spread of the teacher is ahead, with all its digits.
-        top: `f_r` of `_slope`, at the student's largest logit; or None.
+        top: `d_j` at the student's largest logit, or None.
         ties: how many logits are as large, or None.
         mean: `sum_k s_k (f_k - f_r)`, or None; carries its derivative, too.
     """
