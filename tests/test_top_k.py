@@ -196,6 +196,16 @@ def test_what_is_left_keeps_its_digits(rest: str) -> None:
     assert abs(found[0] / want[0] - 1) < 1e-6
 
 
+def test_a_single_probability_that_is_renormalized_has_no_slope() -> None:
+    logits, ids, probs = labelled(7, 1)
+
+    def loss(probs: Any) -> Any:
+        run = functools.partial(on_logits, rest="renormalize", as_divergence=True)
+        return jnp.sum(run(logits, ids=ids, probs=probs))
+
+    assert_all_zero(jax.jit(jax.grad(loss))(probs))
+
+
 @pytest.mark.alternate
 @pytest.mark.parametrize("rest", ["bucket", "renormalize"])
 def test_divergences_are_not_negative_and_vanish(rest: str) -> None:

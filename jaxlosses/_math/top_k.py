@@ -109,14 +109,31 @@ def targets(
     """
     none = jnp.zeros_like(is_left, dtype=probs.dtype)
     if static.rest == "renormalize":
-        mass = jnp.sum(probs, -1, keepdims=True)
-        own = jnp.where(mass == 0, 0, probs / jnp.where(mass == 0, 1, mass))
-        return jnp.concatenate([own, none], -1), none
+        return jnp.concatenate([_normalized(probs), none], -1), none
     left = _left(given)
     rest = none
     if static.rest == "bucket":
         rest = jnp.where(is_left & (left > 0), left, 0)
     return jnp.concatenate([probs, rest], -1), -(left - rest)
+
+
+@jax.custom_jvp
+def _normalized(probs: Values) -> Values:
+    """Divided by their sum, without any left as they are."""
+    mass = jnp.sum(probs, -1, keepdims=True)
+    return probs / jnp.where(mass == 0, 1, mass)
+
+
+@_normalized.defjvp
+def _normalized_jvp(
+    primals: tuple[Values], tangents: tuple[Values]
+) -> tuple[Values, Values]:
+    """Of a single one exactly nothing, which the slope of a quotient is not."""
+    (probs,), (d_probs,) = primals, tangents
+    mass = jnp.sum(probs, -1, keepdims=True)
+    own = _normalized(probs)
+    d = d_probs - own * jnp.sum(d_probs, -1, keepdims=True)
+    return own, jnp.where(mass == 0, 0, d / jnp.where(mass == 0, 1, mass))
 
 
 def _left(probs: Values) -> Values:
