@@ -8,11 +8,13 @@ import ast
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ Figures = dict[str, Any]
 
 # Long runs: of a jitted step, and of calls whose options change.
 STEPS, CALLS = 20_000, 2_000
+PYTHONS = ("python3.11", "python3.12", "python3.13")
 STRATEGIES = ("dense", "tokens", "recompute", "vocab")
 
 
@@ -415,6 +418,22 @@ def coverage() -> Figures:
     }
 
 
+def versions() -> Figures:
+    """The tests on every Python that is here, with the oldest JAX and the newest."""
+    found, holds = {}, True
+    for python, jax in itertools.product(PYTHONS, ("oldest", "newest")):
+        if shutil.which(python) is None:
+            found[python] = "not here"
+            continue
+        command = ["make", "versions", f"PYTHONS={python}", f"JAX={jax}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        name = "import jax; print(jax.__version__)"
+        version = _run(f"build/{python}-{jax}/bin/python", "-c", name).strip()
+        found[f"{python}, JAX {version}"] = _counted(done.stdout)
+        holds = holds and done.returncode == 0
+    return found | {"holds": holds}
+
+
 def mutation() -> Figures:
     """Small changes to the package that the tests notice."""
     from benchmarks import mutation
@@ -430,6 +449,7 @@ ITEMS: dict[str, Callable[[], Figures]] = {
     "properties": properties,
     "processes": processes,
     "coverage": coverage,
+    "versions": versions,
     "mutation": mutation,
 }
 
