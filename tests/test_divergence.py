@@ -174,6 +174,16 @@ def test_a_bad_row_of_a_block_spoils_no_other() -> None:
     assert " while(" in program.lower(jnp.asarray(student)).compile().as_text()
 
 
+@pytest.mark.parametrize(
+    "direction", sweep(DIRECTIONS, lambda direction: direction == "jensen_shannon")
+)
+def test_a_gradient_is_the_only_array_of_the_size_of_logits(direction: str) -> None:
+    logits = jax.ShapeDtypeStruct((256, 16001), jnp.float32)
+    run = jax.grad(lambda s, t: in_blocks(s, t, direction=direction).sum())
+    compiled = jax.jit(run).lower(logits, logits).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < logits.size
+
+
 @pytest.mark.parametrize("weight", [1e-3, 0.5, 0.999])
 def test_a_mixture_has_its_digits_beside_either_part(weight: float) -> None:
     """`log(m / s)`, also where the teacher has but a part of the mixture."""

@@ -7,7 +7,7 @@ two, so that neither a large ratio nor one near 1 costs digits.
 import jax
 import jax.numpy as jnp
 
-from jaxlosses._elementary import exp, expm1, log1p
+from jaxlosses._elementary import exp, expm1
 from jaxlosses._math import pairs
 from jaxlosses._math.classes import Values
 
@@ -91,9 +91,12 @@ def to_mixture(
 @jax.custom_jvp
 def log_of_mixture(lead: Values, teacher: Values, student: Values) -> Values:
     """`log(b exp(d) + c)` of weights `b` and `c` with the sum 1."""
-    a, b = _ordered(lead, teacher, student)
-    *_, log_p, log_q = _of_mixture(a, b, jnp.abs(lead))
-    return jnp.where(lead >= 0, log_q, log_p)
+    near = jnp.minimum(lead, _FAR)
+    power, behind = exp(near), expm1(-jnp.abs(near))
+    x = teacher * jnp.where(lead <= 0, behind, -behind * power)
+    return _log(jnp.where(x > -0.5, 1 + x, student + teacher * power), x) + (
+        lead - near
+    )
 
 
 @log_of_mixture.defjvp
@@ -120,4 +123,14 @@ def _of_mixture(a: Values, b: Values, size: Values) -> tuple[Values, ...]:
     """
     behind, near = expm1(-size), jnp.minimum(size, _FAR)
     u, v = b * behind, a * (-behind / exp(-near))
-    return u, v, log1p(u), log1p(v) + (size - near)
+    return u, v, _log(1 + u, u), _log(1 + v, v) + (size - near)
+
+
+def _log(near: Values, x: Values) -> Values:
+    """`log(1 + x)` of `1 + x`, with what a rounding of it has lost.
+
+    Without a quotient, which XLA:CPU would write (benchmarks/NOTES.md, "Logarithms
+    without a quotient").
+    """
+    lost = jnp.where(jnp.abs(x) < 0.5, x - (near - 1), 0)
+    return jnp.log(near) + lost
