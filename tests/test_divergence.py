@@ -174,6 +174,14 @@ def test_a_bad_row_of_a_block_spoils_no_other() -> None:
     assert " while(" in program.lower(jnp.asarray(student)).compile().as_text()
 
 
+def test_the_curvature_of_a_forward_divergence_is_that_of_its_student() -> None:
+    student, teacher = rows(7, 1.0, 1)
+    run = jax.hessian(lambda z: jl.softmax_kl_divergence(z, teacher[0]))
+    p = np.asarray(jl.softmax(student[0]), np.float64)
+    found = jax.jit(run)(student[0])
+    np.testing.assert_allclose(found, np.diag(p) - np.outer(p, p), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "direction", sweep(DIRECTIONS, lambda direction: direction == "jensen_shannon")
 )

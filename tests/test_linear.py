@@ -1169,6 +1169,10 @@ def test_auto_takes_the_strategy_that_is_documented() -> None:
     assert planned(wide, dtype="bfloat16", distributions=True).strategy == "dense"
     assert planned(wide, dtype="bfloat16", local=False).strategy == "tokens"
     assert planned(wide).strategy == "tokens"
+    # Beside the sums a chunk of a quarter as many examples as features.
+    few, more = (1400, 512, 50304), (1450, 512, 50304)
+    assert planned(few, dtype="bfloat16").strategy == "vocab"
+    assert planned(more, dtype="bfloat16").strategy == "tokens"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

@@ -361,10 +361,12 @@ def test_axes_are_where_they_are_said_to_be() -> None:
         flat = flat.reshape(*batch, -1)
         ids = rng.integers(0, flat.shape[-1], size=(*batch, 2))
         probs = rng.random((*batch, 2)).astype(np.float32)
-        mask = np.ones(logits.shape, bool)
-        found = on_logits(logits, ids, probs, axes, mask, rest="bucket")
         want = on_logits(flat, ids, probs, rest="bucket")
-        np.testing.assert_array_equal(found, want)
+        of_classes = [n if i not in order else 1 for i, n in enumerate(logits.shape)]
+        for shape in (logits.shape, of_classes):
+            mask = np.ones(shape, bool)
+            found = on_logits(logits, ids, probs, axes, mask, rest="bucket")
+            np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.alternate(4)

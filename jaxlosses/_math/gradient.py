@@ -189,14 +189,12 @@ def _with_picks(
     """The same of statistics of the rest, and of logits that are picked from it."""
     none = statistics.spread == -jnp.inf
     statistics = statistics._replace(spread=masked(~none, statistics.spread))
-    g_spread, g_picks = cotangents.spread, cotangents.picks
-    if g_spread is not None:
-        g_spread = masked(~none, g_spread)
+    g_picks = cotangents.picks
     d = pullback(
         spec,
         picks.rest_of(spec, inputs),
         statistics,
-        cotangents._replace(spread=g_spread, picks=None),
+        cotangents._replace(picks=None),
         linear=linear,
         uniform=uniform,
     )

@@ -276,9 +276,8 @@ def merge(spec: Spec, part: Partial, parts: Whole, inputs: Inputs) -> Partial:
     own = jnp.maximum(part.label, part.rival)
     peak = jnp.maximum(label, rival)
     if part.slack is not None and part.share is not None:
-        # A part without logits above -inf counted its gaps from 0.
-        own_base = jnp.where(own == -jnp.inf, 0, own)
-        moved = part.share * -below(peak, own_base)
+        # Infinite for a part without logits above -inf, as its slack is.
+        moved = part.share * -below(peak, own)
         slack = parts.sum(part.slack + jnp.where(part.share == 0, 0, moved))
         share = parts.sum(part.share)
     if part.predicted is not None:
