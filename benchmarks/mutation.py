@@ -31,6 +31,7 @@ _ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("_math/softcap", "_math/pairs"), ("softcap", "cross_entropy")),
     (("_math/online",), ("online", "lowering")),
     (("_math/tails", "_backends/folds"), ("log_probs", "blocks")),
+    (("_math/gradient", "_math/transform"), ("scale", "cross_entropy", "transforms")),
     (
         tuple(f"_backends/{m}" for m in ("cpu", "direct", "once", "logits", "choose")),
         ("blocks", "cross_entropy", "log_probs"),

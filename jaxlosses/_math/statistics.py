@@ -284,7 +284,6 @@ def merge(spec: Spec, part: Partial, parts: Whole, inputs: Inputs) -> Partial:
         found = (own == peak) & (part.predicted >= 0)
         nobody = jnp.iinfo(part.predicted.dtype).max
         predicted = parts.min(jnp.where(found, part.predicted, nobody))
-        predicted = jnp.where(predicted == nobody, -1, predicted)
     tail = part.tail
     if tail is not None:
         tail = tails.merge(spec, tail, parts, magnitude)
