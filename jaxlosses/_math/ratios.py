@@ -83,7 +83,7 @@ def to_mixture(
     near = jnp.abs(lead) <= 0.5
     u, v = jnp.where(near, u, 0), jnp.where(near, v, 0)
     small = a * p * beyond(u) + b * q * beyond(v)
-    large = -a * jnp.where(p == 0, 0, p * log_p) - b * jnp.where(q == 0, 0, q * log_q)
+    large = -a * p * log_p - b * jnp.where(q == 0, 0, q * log_q)
     return jnp.where(near, small, large)
 
 
