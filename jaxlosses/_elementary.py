@@ -32,6 +32,13 @@ _MANTISSA = 23
 # the one of the least relative error, 4e-9.
 _SERIES = (1, 1, 1 / 2, 0.16666534543, 0.041667237878, 0.0083675095816, 0.0013863756322)
 
+# (log(1 + f) - f + f^2 / 2) / f^3 for 1 + f between sqrt(1/2) and sqrt(2), likewise of
+# the least error relative to log(1 + f), 6e-9.
+_SERIES_OF_LOG = (
+    *(0.3333333171, -0.2500082104, 0.2000122687, -0.166233573),
+    *(0.1420175823, -0.1316018306, 0.1276157564, -0.07634493024),
+)
+
 
 @jax.custom_jvp
 def exp(x: Values) -> Values:
@@ -47,7 +54,7 @@ def expm1(x: Values) -> Values:
 
 @jax.custom_jvp
 def log1p(x: Values) -> Values:
-    """`log(1 + x)` for `x > -1`, likewise to one unit, or to two below 0."""
+    """`log(1 + x)` for `x > -1`, likewise to 1.1 units, or to two below 0."""
     return _chosen((_log1p, jnp.log1p), x)
 
 
@@ -167,24 +174,25 @@ def _one_minus_exp(x: Values) -> Values:
 def _log1p(x: Values) -> Values:
     """`n log(2) + log(1 + f)` with `2^n (1 + f) = 1 + x`, and `f` near zero.
 
-    With `s = f / (2 + f)`, that is `log((1 + s) / (1 - s)) = 2 (s + s^3 / 3 + ...)`,
-    written as `f - s (f - 2 (s^2 / 3 + ...))` so that the first term has no error.
+    What a rounding of `1 + x` has lost is divided by it, about. Without a quotient, for
+    which XLA:CPU would take a loop of its own (benchmarks/NOTES.md, "Logarithms without
+    a quotient").
     """
     near, lost = pairs.add(x, jnp.ones_like(x))
-    lost = jnp.where(x < 2**24, lost / near, 0)
     # 1 + f is between sqrt(1/2) and sqrt(2).
     bits = lax.bitcast_convert_type(near, jnp.int32)
     lowest = np.float32(math.sqrt(0.5)).view(np.int32)
     n = (bits - lowest) >> _MANTISSA
     f = lax.bitcast_convert_type(bits - (n << _MANTISSA), jnp.float32) - 1
-    s = f / (2 + f)
-    square = s * s
-    tail = jnp.full_like(x, 2 / 9)
-    for k in (7, 5, 3):
-        tail = tail * square + np.float32(2 / k)
-    multiple = n.astype(jnp.float32)
+    one = np.float32(1).view(np.int32)
+    power = lax.bitcast_convert_type(one - (n << _MANTISSA), jnp.float32)
+    lost = jnp.where(x < 2**24, lost * power * (1 - f), 0)
+    series = jnp.full_like(x, _SERIES_OF_LOG[-1])
+    for coefficient in reversed(_SERIES_OF_LOG[:-1]):
+        series = series * f + np.float32(coefficient)
+    square, multiple = f * f, n.astype(jnp.float32)
     small = multiple * np.float32(_LOG_2[1]) + lost
-    y = (small - s * (f - square * tail)) + f + multiple * np.float32(_LOG_2[0])
+    y = (small - square * (0.5 - f * series)) + f + multiple * np.float32(_LOG_2[0])
     return jnp.where(jnp.isfinite(x), y, x)
 
 

@@ -7,7 +7,7 @@ two, so that neither a large ratio nor one near 1 costs digits.
 import jax
 import jax.numpy as jnp
 
-from jaxlosses._elementary import exp, expm1
+from jaxlosses._elementary import exp, expm1, log1p
 from jaxlosses._math import pairs
 from jaxlosses._math.classes import Values
 
@@ -93,9 +93,11 @@ def log_of_mixture(lead: Values, teacher: Values, student: Values) -> Values:
     near = jnp.minimum(lead, _FAR)
     power, behind = exp(near), expm1(-jnp.abs(near))
     x = teacher * jnp.where(lead <= 0, behind, -behind * power)
-    return _log(jnp.where(x > -0.5, 1 + x, student + teacher * power), x) + (
-        lead - near
-    )
+    # No log1p of a sum that cancels, and one logarithm for both.
+    mixture, lost = pairs.add(x, jnp.ones_like(x))
+    mixture = jnp.where(x > -0.5, mixture, student + teacher * power)
+    lost = jnp.where(jnp.abs(x) < 0.5, lost, 0)
+    return (jnp.log(mixture) + lost) + (lead - near)
 
 
 @log_of_mixture.defjvp
@@ -122,14 +124,4 @@ def _of_mixture(a: Values, b: Values, size: Values) -> tuple[Values, ...]:
     """
     behind, near = expm1(-size), jnp.minimum(size, _FAR)
     u, v = b * behind, a * (-behind / exp(-near))
-    return u, v, _log(1 + u, u), _log(1 + v, v) + (size - near)
-
-
-def _log(near: Values, x: Values) -> Values:
-    """`log(1 + x)` of `1 + x`, with what a rounding of it has lost.
-
-    Without a quotient, which XLA:CPU would write (benchmarks/NOTES.md, "Logarithms
-    without a quotient").
-    """
-    lost = jnp.where(jnp.abs(x) < 0.5, x - (near - 1), 0)
-    return jnp.log(near) + lost
+    return u, v, log1p(u), log1p(v) + (size - near)
