@@ -54,7 +54,7 @@ def expm1(x: Values) -> Values:
 
 @jax.custom_jvp
 def log1p(x: Values) -> Values:
-    """`log(1 + x)` for `x > -1`, likewise to 1.1 units, or to two below 0."""
+    """`log(1 + x)` for `x > -1`, likewise to one unit, or to two below 0."""
     return _chosen((_log1p, jnp.log1p), x)
 
 
@@ -186,11 +186,11 @@ def _log1p(x: Values) -> Values:
     f = lax.bitcast_convert_type(bits - (n << _MANTISSA), jnp.float32) - 1
     one = np.float32(1).view(np.int32)
     power = lax.bitcast_convert_type(one - (n << _MANTISSA), jnp.float32)
-    lost = jnp.where(x < 2**24, lost * power * (1 - f), 0)
+    square, multiple = f * f, n.astype(jnp.float32)
+    lost = jnp.where(x < 2**24, lost * power * (1 - f + square), 0)
     series = jnp.full_like(x, _SERIES_OF_LOG[-1])
     for coefficient in reversed(_SERIES_OF_LOG[:-1]):
         series = series * f + np.float32(coefficient)
-    square, multiple = f * f, n.astype(jnp.float32)
     small = multiple * np.float32(_LOG_2[1]) + lost
     y = (small - square * (0.5 - f * series)) + f + multiple * np.float32(_LOG_2[0])
     return jnp.where(jnp.isfinite(x), y, x)

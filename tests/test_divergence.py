@@ -141,7 +141,7 @@ def test_every_digit_is_right_at_any_distance(
     student, teacher = rows(classes, noise, 4 if classes > 100 else 12)
     check("logits", student, teacher, direction=direction)
     if direction == "jensen_shannon":
-        for weight in (1e-3, 0.9):
+        for weight in (1e-3, 0.02, 0.9):
             options = {"direction": direction, "teacher_weight": weight}
             check("logits", student, teacher, **options)
 
