@@ -344,10 +344,11 @@ def test_policies_hold_in_blocks_of_rows() -> None:
 
 
 def test_a_single_process_loops_over_blocks_of_rows() -> None:
-    logits, ids = in_blocks()
+    logits = jax.ShapeDtypeStruct((100, 50257), jnp.float32)
+    ids, weights = (jax.ShapeDtypeStruct((100,), t) for t in (jnp.int32, jnp.float32))
     text = {
         local: compiled("integer", (), local)
-        .lower({"logits": logits}, {"labels": ids}, np.ones(ids.shape, np.float32))
+        .lower({"logits": logits}, {"labels": ids}, weights)
         .as_text()
         for local in (False, True)
     }

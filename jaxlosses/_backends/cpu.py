@@ -44,9 +44,9 @@ Result = TypeVar("Result")
 # Up to so many classes, what is done with each is written out.
 FEW_CLASSES = 26
 
-# Where only sums are written, a block may be so many times as large (NOTES.md, "Each
-# block decides").
-LARGER = 2
+# Where only sums are written, a block may be so many times as large, and one alone so
+# many times (NOTES.md, "Each block decides").
+LARGER, LARGEST = 2, 4
 
 # So many plain logits are read at once.
 FEW_LOGITS = 2**16
@@ -87,8 +87,8 @@ def evaluate(
     else:
         directly &= nearly
         read = _read_directly if directly else _read
-        if directly and not spec.smooth and num_rows > LARGER * rows:
-            rows *= LARGER
+        if directly and not spec.smooth:
+            rows *= LARGEST if num_rows <= LARGEST * rows else LARGER
         part = by_rows(functools.partial(read, one_axis), inputs, num_rows, rows)
         # What is left to do per row takes a single loop, and not one per block.
         out = statistics.finish(one_axis, part, inputs)
@@ -132,10 +132,14 @@ def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
     return out._replace(peak=peak)
 
 
-def _read(spec: Spec, block: Callable[[], Inputs]) -> Partial:
-    """What a loss on class ids needs of each row of a block."""
-    inputs = block()
-    return _with_slack(spec, inputs, statistics.partial(spec, inputs, None, BLOCK))
+def _read(
+    spec: Spec, block: Callable[[], Inputs], label: Values | None = None
+) -> Partial:
+    """What a loss on class ids needs of each row of a block; its label may be known."""
+    inputs, reading = block(), BLOCK
+    if label is not None:
+        reading = reading._replace(partial=functools.partial(_beside, label))
+    return _with_slack(spec, inputs, statistics.partial(spec, inputs, None, reading))
 
 
 def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
@@ -157,11 +161,9 @@ def _read_directly(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     """The same without a search for the largest, if no logit is too large for that."""
     inputs = block()
     part = statistics.partial(spec, inputs, None, DIRECT)
-    unsafe = ~direct.is_safe(part)
-    if inputs.counted is not None:
-        unsafe &= inputs.counted
+    safe = direct.are_safe(part, inputs.counted)
     # Cut out anew: as an operand of both branches a block would be copied.
-    out: Partial = lax.cond(jnp.any(unsafe), lambda: _read(spec, block), lambda: part)
+    out: Partial = lax.cond(safe, lambda: part, lambda: _read(spec, block, part.label))
     return out
 
 
@@ -226,9 +228,14 @@ def _partial_of_block(
     spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
 ) -> Partial:
     """The label's logit and its rivals, of a block of rows in cache."""
-    at_label = is_label(spec, inputs)
-    label = gathered(inputs, signed, spec)
-    others = jnp.where(at_label, -jnp.inf, signed)
+    return _beside(gathered(inputs, signed, spec), spec, inputs, signed, magnitude)
+
+
+def _beside(
+    label: Values, spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Partial:
+    """The rivals of a label whose logit is known."""
+    others = jnp.where(is_label(spec, inputs), -jnp.inf, signed)
     rival, mass, _ = _rivals_in_cache(spec, others, magnitude)
     return Partial(label, rival, mass)
 

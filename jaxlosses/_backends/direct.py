@@ -6,6 +6,7 @@ sum shows whether they were (benchmarks/NOTES.md, "Exponentials as they are").
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -56,7 +57,7 @@ def partial(
     """What a loss on class ids needs of a block.
 
     In the place of a rival is the logarithm of the sum of exponentials of the other
-    classes, of which the mass is one but for roundings. `is_safe` says whether the
+    classes, of which the mass is one but for roundings. `are_safe` says whether the
     exponentials were fit.
     """
     del magnitude  # of plain logits
@@ -116,14 +117,23 @@ def _fold_of(num_classes: int) -> int | None:
     return next((n for n in folds if num_classes % (n * _LANES) == 0), None)
 
 
-def is_safe(part: Partial) -> Mask:
-    """Whether no exponential overflowed, and none that counts underflowed.
+def are_safe(part: Partial, counted: Mask | None = None) -> Array:
+    """Whether no exponential overflowed, and none that counts underflowed, in any row.
 
-    NaN is not safe.
+    NaN is not safe. Two numbers at once, since XLA:CPU would cut a reduction of one in
+    pieces, each of which is compiled.
     """
     base = _base_of(part.label)
     level, lead = jnp.abs(part.rival - base), part.label - part.rival
     most, furthest = (
         jnp.where(base == 0, *of) for of in (_LARGEST_LEVEL, _LARGEST_LEAD)
     )
-    return (level < most) & (lead < furthest)
+    near, ahead = level < most, lead < furthest
+    if counted is not None:
+        near, ahead = near | ~counted, ahead | ~counted
+
+    def both(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        return a[0] & b[0], a[1] & b[1]
+
+    near, ahead = lax.reduce((near, ahead), (np.True_, np.True_), both, (0, 1))
+    return near & ahead
