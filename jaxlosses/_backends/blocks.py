@@ -27,6 +27,13 @@ LONGEST_ROW = 2**15 - 1
 # Shorter ones cost more to start with than a copy.
 _MOST_PARTS = 64
 
+# So many entries become one before any is written: what one core has written is slow to
+# read for another. A loop over more would not be unrolled (NOTES.md, "Eight of them
+# added up").
+_LARGEST_FOLD = 8
+# float32 numbers of a vector of XLA:CPU.
+_LANES = 8
+
 
 def rows_of_block(num_classes: int) -> int:
     """A power of two, which XLA:CPU shares out evenly between threads."""
@@ -43,22 +50,38 @@ def by_rows(
     if rows >= num_rows:
         return of_block(lambda: arrays)
 
-    def block(i: Array) -> Result:
+    def block(start: Array, _: None) -> tuple[Array, Result]:
         def part(a: Array) -> Array:
             if a.ndim == 0 or a.shape[0] != num_rows:
                 return a
-            return take(a, i * rows, rows)
+            return take(a, start, rows)
 
-        return of_block(lambda: jax.tree.map(part, arrays))
+        return start + rows, of_block(lambda: jax.tree.map(part, arrays))
 
     def join(blocks: Array) -> Array:
+        if num_rows % rows == 0:
+            return blocks.reshape(-1, 1)
         # A slice clamps its start: the last block is whole, and overlaps.
         head, tail = blocks[:-1].reshape(-1, 1), blocks[-1]
         return jnp.concatenate([head, tail[len(head) - num_rows :]])
 
     num_blocks = -(-num_rows // rows)
-    blocks: Result = jax.tree.map(join, lax.map(block, jnp.arange(num_blocks)))
-    return blocks
+    _, blocks = lax.scan(block, jnp.int32(0), length=num_blocks)
+    joined: Result = jax.tree.map(join, blocks)
+    return joined
+
+
+def is_even(num_classes: int) -> bool:
+    """Whether a row is cut in folds of which nothing is left over."""
+    return math.prod(cut_in_folds(num_classes)) == num_classes
+
+
+def cut_in_folds(num_classes: int) -> tuple[int, int, int]:
+    """The shape of what a row is cut in, of which the second axis becomes one."""
+    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
+    even = (n for n in folds if num_classes % (n * _LANES) == 0)
+    fold = next(even, _LARGEST_FOLD)
+    return num_classes // (fold * _LANES), fold, _LANES
 
 
 def short_rows(a: Values) -> list[tuple[Values, int]]:

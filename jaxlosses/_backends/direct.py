@@ -5,12 +5,14 @@ where all underflow. Few logits are so large or so small that it is needed for t
 sum shows whether they were (benchmarks/NOTES.md, "Exponentials as they are").
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._backends.blocks import each, short_rows
+from jaxlosses._backends.blocks import cut_in_folds, each, is_even, short_rows
 from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math.classes import (
@@ -29,12 +31,6 @@ from jaxlosses._platform import in_memory
 # Shorter rows cost more to begin with than is saved, and if they are no multiple of a
 # fold those that are shorter than the second number.
 FEWEST_CLASSES = (128, 256)
-# So many exponentials are added up before any is written: what one core has written is
-# slow to read for another. A loop over more would not be unrolled (NOTES.md, "Eight of
-# them added up").
-_LARGEST_FOLD = 8
-# float32 numbers of a vector of XLA:CPU.
-_LANES = 8
 # Of a label, in nats. Beyond it, exponentials are relative to the label's.
 _LARGEST_LABEL = 60
 # Of a sum of exponentials, in nats above or below one; and of those relative to the
@@ -48,7 +44,7 @@ _LARGEST_LEAD = (80, 8)
 def fewest(num_classes: int) -> int:
     """How many classes a row is to have."""
     even, uneven = FEWEST_CLASSES
-    return uneven if _fold_of(num_classes) is None else even
+    return even if is_even(num_classes) else uneven
 
 
 def partial(
@@ -86,13 +82,13 @@ def partial(
         return (a[0] + jnp.abs(b[0]),)
 
     ids = ids_of_classes(spec, logits.shape)
-    fold = _fold_of(num_classes) or _LARGEST_FOLD
-    number = num_classes // (fold * _LANES)
-    size, cut = number * fold * _LANES, (num_rows, number, fold, _LANES)
-    entries = tuple(a.reshape(cut) for a in terms(logits[:, :size], ids[:, :size]))
+    cut = cut_in_folds(num_classes)
+    size = math.prod(cut)
+    entries = terms(logits[:, :size], ids[:, :size])
+    entries = tuple(a.reshape(num_rows, *cut) for a in entries)
     zeros = tuple(jnp.zeros((), a.dtype) for a in entries)
     folded = in_memory(lax.reduce(entries, zeros, add, (2,)))
-    sums = tuple(summed(a.reshape(num_rows, number * _LANES)) for a in folded)
+    sums = tuple(summed(a.reshape(num_rows, cut[0] * cut[2])) for a in folded)
     if size < num_classes:
         left = terms(logits[:, size:], ids[:, size:])
         sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
@@ -109,12 +105,6 @@ def _base_of(label: Values) -> Values:
     """What exponentials are relative to."""
     far = (jnp.abs(label) > _LARGEST_LABEL) & jnp.isfinite(label)
     return jnp.where(far, label, 0)
-
-
-def _fold_of(num_classes: int) -> int | None:
-    """How many exponentials are added up at a time if none is to be left over."""
-    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
-    return next((n for n in folds if num_classes % (n * _LANES) == 0), None)
 
 
 def are_safe(part: Partial, counted: Mask | None = None) -> Array:

@@ -1,4 +1,4 @@
-"""The tail of rows in cache, on a CPU: eight entries are one before any is written.
+"""The tail of rows in cache, on a CPU: some entries are one before any is written.
 
 XLA:CPU unrolls a reduction over a short axis, of several numbers at once, and makes
 vectors of the axis behind it (benchmarks/NOTES.md, "An entropy in two folds").
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxlosses._backends.blocks import cut_in_folds
 from jaxlosses._elementary import exp
 from jaxlosses._math import tails
 from jaxlosses._math.classes import Spec, Values
@@ -19,8 +20,6 @@ from jaxlosses._math.tails import Tail
 from jaxlosses._math.transform import gap_of, scaled
 from jaxlosses._platform import in_memory
 
-# Entries that become one, and float32 numbers of a vector.
-_FOLD, _LANES = 8, 8
 # Shorter rows have too few of them.
 FEWEST = 512
 
@@ -31,7 +30,7 @@ def read(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
     """As `tails.read`, of a block of rows."""
     # A conversion from 16 bits alone would be made anew in each loop, one by one, and
     # so would a slice; with a choice they are written.
-    size = signed.shape[1] // (_FOLD * _LANES) * (_FOLD * _LANES)
+    size = math.prod(cut_in_folds(signed.shape[1]))
     whole, left = jnp.split(signed, [size], 1)
     rows = [in_memory(jnp.where(jnp.isnan(a), jnp.nan, a)) for a in (whole, left)]
     rows = rows if left.shape[1] else rows[:1]
@@ -95,10 +94,10 @@ def _folded(
     both: Callable[[Operands, Operands], Operands],
     nothing: tuple[float, ...],
 ) -> list[Operands]:
-    """Terms of the entries, of which eight at a time have become one; and of others."""
+    """Terms of the entries, of which some at a time have become one; and of others."""
     whole, *left = rows
     # There may be no row at all.
-    cut = (len(whole), whole.shape[1] // (_FOLD * _LANES), _FOLD, _LANES)
+    cut = (len(whole), *cut_in_folds(whole.shape[1]))
     entries = tuple(a.reshape(cut) for a in terms(whole))
     start = tuple(jnp.asarray(a, whole.dtype) for a in nothing)
     folded = in_memory(lax.reduce(entries, start, both, (2,)))
