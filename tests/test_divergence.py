@@ -474,7 +474,6 @@ def test_bad_rows_are_loud_and_alone(name: str, direction: str) -> None:
     np.testing.assert_array_equal(np.isnan(gradient).any(1), bad)
 
 
-@pytest.mark.alternate
 @by_direction
 def test_mass_against_none_is_infinite_and_none_against_none_nothing(
     direction: str,
@@ -494,10 +493,12 @@ def test_mass_against_none_is_infinite_and_none_against_none_nothing(
     np.testing.assert_array_equal(np.isinf(values), infinite)
     assert not np.isnan(values).any()
     assert np.isfinite(gradient).all()
-    kept = [[0, 2]]
-    want, slope = divergences.exact(student[:1, [0, 2]], teacher[:1, [0, 2]], direction)
-    np.testing.assert_allclose(values[:1], want, rtol=1e-6)
-    np.testing.assert_allclose(gradient[:1][:, kept[0]], slope, rtol=1e-5, atol=1e-7)
+    # What is so far behind has no mass in float64, either.
+    far = (np.maximum(a, -1e4) for a in (student, teacher))
+    want, slope = divergences.exact(*far, direction)
+    finite = ~np.isinf(values)
+    np.testing.assert_allclose(values[finite], want[finite], rtol=1e-6)
+    np.testing.assert_allclose(gradient[finite], slope[finite], rtol=1e-5, atol=1e-7)
     assert gradient[0, 1] == 0
 
 

@@ -97,7 +97,7 @@ def log_of_mixture(lead: Values, teacher: Values, student: Values) -> Values:
     mixture, lost = pairs.add(x, jnp.ones_like(x))
     mixture = jnp.where(x > -0.5, mixture, student + teacher * power)
     lost = jnp.where(jnp.abs(x) < 0.5, lost, 0)
-    return (jnp.log(mixture) + lost) + (lead - near)
+    return (jnp.log(mixture) + lost) + jnp.maximum(lead - _FAR, 0)
 
 
 @log_of_mixture.defjvp
