@@ -32,7 +32,10 @@ _ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("_math/softcap", "_math/pairs"), ("softcap", "cross_entropy")),
     (("_math/online", "_math/sets"), ("online", "lowering")),
     (("_math/tails", "_backends/folds"), ("log_probs", "blocks")),
-    (("_math/gradient", "_math/transform"), ("scale", "cross_entropy", "transforms")),
+    (
+        ("_math/gradient", "_math/transform"),
+        ("scale", "cross_entropy", "transforms", "top_k"),
+    ),
     (
         tuple(f"_backends/{m}" for m in ("cpu", "direct", "once", "logits", "choose")),
         ("blocks", "cross_entropy", "log_probs"),
@@ -40,7 +43,10 @@ _ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("_backends/strips", "_backends/vocab"), ("sharding", "linear", "top_k")),
     (("_backends/plan",), ("testing", "linear")),
     (("_backends/",), ("properties", "linear", "linear_loss")),
-    (("_options", "_combine"), ("denominators", "cross_entropy", "stats")),
+    (
+        ("_options", "_combine"),
+        ("denominators", "cross_entropy", "stats", "divergence"),
+    ),
     (("",), ("properties", "cross_entropy", "transforms", "top_k", "divergence")),
 )
 # What a change of any room may show in: several devices, fused losses, bug reports.
@@ -70,6 +76,12 @@ _EQUIVALENT = {
     ),
     "one, two = constant(factor, dtype, info.nmant // 2 + 1)": (
         "both parts are used: another split of a constant is the same constant"
+    ),
+    "step = pairs.constant(pairs.LOG_2, dtype, jnp.finfo(dtype).nmant - 7)": (
+        "of a term of a sum, which is rough, another split takes a third more roundings"
+    ),
+    "if part.slack is not None and part.share is not None:": (
+        "who has one has the other: the second is asked for the types"
     ),
     "one = 2.0 ** (jnp.finfo(probs.dtype).nmant // 2)": (
         "all of the digits, too, add up exactly"

@@ -206,6 +206,19 @@ def test_what_probabilities_leave_of_one_is_not_rounded() -> None:
     np.testing.assert_allclose(found, left, rtol=5e-4)
 
 
+def test_labels_of_more_than_one_have_a_divergence_of_so_much_more() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, 4)).astype(np.float32)
+    probs = jl.softmax(logits + 1e-3 * rng.normal(size=logits.shape))
+    probs = np.asarray(probs * (1 + 2e-6), np.float32)
+    labels = np.tile(np.arange(4), (20, 1)), probs
+    found = jax.jit(
+        functools.partial(on_logits, rest="bucket", as_divergence=True),
+    )(logits, *labels)
+    want, _, _ = top_k.exact(logits, *labels, "bucket", as_divergence=True)
+    np.testing.assert_allclose(found, want, rtol=1e-2)
+
+
 def test_a_single_probability_that_is_renormalized_has_no_slope() -> None:
     logits, ids, probs = labelled(7, 1)
 
