@@ -87,7 +87,7 @@ def evaluate(
     else:
         directly &= nearly
         read = _read_directly if directly else _read
-        if directly and not spec.smooth:
+        if directly:
             rows *= LARGEST if num_rows <= LARGEST * rows else LARGER
         part = by_rows(functools.partial(read, one_axis), inputs, num_rows, rows)
         # What is left to do per row takes a single loop, and not one per block.
