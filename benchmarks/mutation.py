@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
 MUTANTS = 400
-BUDGET = 1500  # seconds, after which no further change is begun
+BUDGET = 900  # seconds, after which no further change is begun
 TIMEOUT = 600  # seconds, after which a change counts as noticed
 
 # Rooms, and the tests that say what they do; the first that fits.
