@@ -280,6 +280,24 @@ def test_only_the_block_of_a_row_that_is_not_safe_is_read_again() -> None:
         assert f" {flag}:bool[16,1] = lt " in jaxpr
 
 
+def test_calls_of_a_few_numbers_stay_in_the_thread_that_waits() -> None:
+    """XLA:CPU hands others to a thread that has to wake up."""
+
+    def operations(run: Callable[..., Any], *shape: int) -> float:
+        ids = jnp.zeros(shape[0], jnp.int32)
+        run = jax.jit(on_one_device(run))
+        compiled = run.lower(jnp.zeros(shape), ids).compile()
+        return compiled.cost_analysis()["flops"]
+
+    def mean(z: jax.Array, y: jax.Array) -> jax.Array:
+        return loss_fn(z, y, reduction="mean")
+
+    both = functools.partial(jl.softmax_log_probs, return_entropy=True)
+    assert operations(loss_fn, 8, 10) < 1000
+    assert operations(jax.value_and_grad(mean), 1, 18) < 1000
+    assert operations(both, 1, 18) < 1000
+
+
 @pytest.mark.alternate(3)
 @pytest.mark.parametrize("num_classes", [640, 1000, 100])
 def test_a_batch_without_examples_has_empty_gradients(num_classes: int) -> None:
