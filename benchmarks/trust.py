@@ -429,7 +429,7 @@ def versions() -> Figures:
         print(python, jax, _counted(done.stdout), flush=True)
         name = "import jax; print(jax.__version__)"
         version = _run(f"build/{python}-{jax}/bin/python", "-c", name).strip()
-        found[f"{python}, JAX {version}"] = _counted(done.stdout)
+        found[f"{python}, JAX {version}, {jax} of all"] = _counted(done.stdout)
         holds = holds and done.returncode == 0
     return found | {"holds": holds}
 
