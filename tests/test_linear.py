@@ -416,6 +416,32 @@ def test_every_dtype_is_accumulated_in_a_wide_one(name: str, strategy: str) -> N
         check(strategy, given, layout=layout, local=i % 3 == 0, **options)
 
 
+@pytest.mark.without_llvm_passes
+def test_sixteen_bits_serve_to_second_order() -> None:
+    """The slices of 16-bit numbers, as integers, have no transpose."""
+    given = head((6, 5, 40), dtypes=DTYPES["bfloat16"])
+    point = jnp.asarray(given["hidden"]), jnp.asarray(given["kernel"])
+
+    def products(strategy: str, point: tuple[jax.Array, jax.Array]) -> list[Any]:
+        gradient = jax.grad(
+            small_loss(strategy, given["labels"], workspace_bytes=600), (0, 1)
+        )
+
+        def slope(*point: jax.Array) -> jax.Array:
+            return sum(jnp.sum(d.astype(jnp.float32)) for d in gradient(*point))
+
+        ones = jax.tree.map(jnp.ones_like, point)
+        _, forward = jax.jvp(gradient, point, ones)
+        return [*forward, *jax.grad(slope, (0, 1))(*point)]
+
+    wide = tuple(a.astype(jnp.float32) for a in point)
+    exact = jax.jit(functools.partial(products, "dense"))(wide)
+    found = jax.jit(functools.partial(products, "vocab"))(point)
+    for got, want in zip(found, exact, strict=True):
+        error = jnp.linalg.norm(got.astype(jnp.float32) - want)
+        assert error < 0.02 * jnp.linalg.norm(want)
+
+
 def test_two_dtypes_are_promoted_under_strict_promotion() -> None:
     check("dense", head(dtypes=("bfloat16", "float32")))
 
@@ -978,7 +1004,6 @@ def temporaries() -> dict[tuple[int, int, int, str, int], int]:
     return dict(zip(MEMORY, sizes, strict=True))
 
 
-@pytest.mark.alternate(4)
 @pytest.mark.together
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> None:
@@ -987,7 +1012,12 @@ def test_temporaries_fit_the_workspace(case: tuple[int, int, int, str, int]) -> 
     # The gradient of the hidden states, and their copy where chunks do not divide the
     # examples; the sum of the kernel's gradient beside its result.
     accumulators = hidden if strategy == "vocab" else 2 * hidden + kernel
-    assert temporaries()[case] <= workspace + accumulators + 2**20
+    held = temporaries()[case]
+    assert held <= workspace + accumulators + 2**20
+    # What is said to be held before anything is compiled is less on a CPU.
+    size = examples, features, classes
+    said = planned(size, workspace, strategy=strategy, platform="cpu").temporary_bytes
+    assert 0.3 * held < said < held
 
 
 @pytest.mark.together

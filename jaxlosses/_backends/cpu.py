@@ -44,9 +44,9 @@ Result = TypeVar("Result")
 # Up to so many classes, what is done with each is written out.
 FEW_CLASSES = 26
 
-# Where only sums are written, a block may be so many times as large, and one alone so
-# many times (NOTES.md, "Each block decides").
-LARGER, LARGEST = 2, 4
+# Where only sums are written, a block may be so many times as large (NOTES.md, "Each
+# block decides").
+LARGER = 2
 
 # So many plain logits are read at once.
 FEW_LOGITS = 2**16
@@ -88,7 +88,7 @@ def evaluate(
         directly &= nearly
         read = _read_directly if directly else _read
         if directly:
-            rows *= LARGEST if num_rows <= LARGEST * rows else LARGER
+            rows *= LARGER
         part = by_rows(functools.partial(read, one_axis), inputs, num_rows, rows)
         # What is left to do per row takes a single loop, and not one per block.
         out = statistics.finish(one_axis, part, inputs)
