@@ -42,6 +42,7 @@ _ROOMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (("_backends/strips", "_backends/vocab"), ("sharding", "linear", "top_k")),
     (("_backends/plan",), ("testing", "linear")),
+    (("_backends/recompute", "_backends/examples"), ("linear", "divergence")),
     (("_backends/",), ("properties", "linear", "linear_loss")),
     (
         ("_options", "_combine"),
@@ -82,6 +83,22 @@ _EQUIVALENT = {
     ),
     "if part.slack is not None and part.share is not None:": (
         "who has one has the other: the second is asked for the types"
+    ),
+    "_LAST_OF_EXP = {": "a last term more or less is less than a rounding",
+    "return 8 if dtype == jnp.float32 else 15": (
+        "a last term more or less is less than a rounding"
+    ),
+    "lowest = jnp.where(lowest == NOBODY, -1, lowest)": (
+        "without a class the spread is NaN, and with it the arg max is -1"
+    ),
+    "if first.fine is not None and second.fine is not None:": (
+        "who has one has the other: the second is asked for the types"
+    ),
+    "chunk = sizes.features // 4 * sizes.classes * sizes.entry if": (
+        "a byte more or less; another quarter is noticed"
+    ),
+    "tail = zeros.tail._replace(peak=none, excess=jnp.full_like(none, -1))": (
+        "what is merged of no class is multiplied by 0"
     ),
     "one = 2.0 ** (jnp.finfo(probs.dtype).nmant // 2)": (
         "all of the digits, too, add up exactly"

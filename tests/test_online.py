@@ -110,13 +110,14 @@ def test_the_reduction_gives_what_two_reads_give() -> None:
     ids = rng.integers(701, size=(37, 1)).astype(np.int32)
     ids[5], ids[9], ids[10] = 3, -1, 701
     where = rng.random(z.shape) < 0.8
-    where[11, ids[11]] = False
+    where[11, ids[11]], where[12] = False, False
     options: Any = itertools.product((False, True), (None, np.float32(-0.7)), (1, 4))
     for dense, scale, slices in options:
         labels = rng.random(z.shape).astype(np.float32) * (z > 0) if dense else ids
         spec = Spec((1,), dense, None, True, True, True, True)
         weights = jnp.asarray(rng.random((1, 701)), jnp.float32)
-        arrays = (z, labels, where, rng.random((37, 1)) < 0.9, weights, scale)
+        counted = (rng.random((37, 1)) < 0.9) & where.any(1, keepdims=True)
+        arrays = (z, labels, where, counted, weights, scale)
         inputs = jax.tree.map(jnp.asarray, Inputs(*arrays))
         found = jax.jit(functools.partial(online.evaluate, spec, slices=slices))(inputs)
         two = jax.jit(functools.partial(statistics.evaluate, spec))(inputs)
