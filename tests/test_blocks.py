@@ -270,6 +270,23 @@ def test_control_tokens_far_below_the_rest_are_safe() -> None:
         np.testing.assert_allclose(losses, oracle.loss(logits, ids), rtol=2e-6)
 
 
+def test_parts_of_a_long_row_may_leave_some_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "LONGEST_ROW", 7)
+    monkeypatch.setattr(blocks, "_MOST_PARTS", 8)
+    rng = np.random.default_rng(0)
+    for num_classes, sizes in ((23, (5, 3)), (24, (6,))):
+        logits = rng.normal(size=(4, num_classes)).astype(np.float32)
+        ids = rng.integers(num_classes, size=4)
+        rows = blocks.short_rows(jnp.asarray(logits))
+        assert tuple(a.shape[1] for a, _ in rows) == sizes
+        inputs = Inputs(jnp.asarray(logits), jnp.asarray(ids, jnp.int32)[:, None])
+        part = statistics.partial(PLAIN, inputs, None, cpu.BLOCK)
+        found = statistics.finish(PLAIN, part, inputs).nll[:, 0]
+        np.testing.assert_allclose(found, oracle.loss(logits, ids), rtol=1e-6)
+
+
 def test_only_the_block_of_a_row_that_is_not_safe_is_read_again() -> None:
     inputs = Inputs(jnp.zeros((64, 1024)), jnp.zeros((64, 1), jnp.int32))
     jaxpr = str(jax.make_jaxpr(lambda x: cpu.evaluate(PLAIN, x, rows=8))(inputs))
