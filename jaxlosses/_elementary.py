@@ -184,8 +184,8 @@ def _log1p(x: Values) -> Values:
     """`n log(2) + log(1 + f)` with `2^n (1 + f) = 1 + x`, and `f` near zero.
 
     What a rounding of `1 + x` has lost is divided by it, about. Without a quotient, for
-    which XLA:CPU would take a loop of its own (benchmarks/NOTES.md, "Logarithms without
-    a quotient").
+    which XLA:CPU would take a loop of its own, but in the end, where that is wanted
+    (benchmarks/NOTES.md, "Logarithms without a quotient").
     """
     near, lost = pairs.add(x, jnp.ones_like(x))
     # 1 + f is between sqrt(1/2) and sqrt(2).
@@ -202,7 +202,9 @@ def _log1p(x: Values) -> Values:
         series = series * f + np.float32(coefficient)
     small = multiple * np.float32(_LOG_2[1]) + lost
     y = (small - square * (0.5 - f * series)) + f + multiple * np.float32(_LOG_2[0])
-    return jnp.where(jnp.isfinite(x), y, x)
+    y = jnp.where(jnp.isfinite(x), y, x)
+    # A number of an example is kept, as a quotient.
+    return y / jnp.where(jnp.isnan(x), jnp.nan, 1.0) if x.shape[-1:] == (1,) else y
 
 
 def _reduced(x: Values) -> tuple[Values, Values]:
