@@ -70,7 +70,7 @@ _OPERATORS = (
 )
 
 _CONSTANT = re.compile("_?[A-Z_]+ = ")
-# Lines of which a change of a number changes no result, and why.
+# Lines of which a change changes no result, or none that a bound could tell, and why.
 _EQUIVALENT = {
     "def _read(spec: Spec, inputs: Inputs, uniform: Values | None, slices: int = 1)": (
         "slices of a row are merged: another number of them gives the same"

@@ -18,6 +18,7 @@ from jaxlosses._platform import in_memory, take
 
 Result = TypeVar("Result")
 Arrays = TypeVar("Arrays")
+Operands = tuple[Array, ...]
 
 # Logits of a block, about 4 MiB in float32: read from cache after the first time
 # (NOTES.md, "Blocks of about 2^20 logits").
@@ -71,13 +72,27 @@ def by_rows(
     return joined
 
 
-def is_even(num_classes: int) -> bool:
-    """Whether a row is cut in folds of which nothing is left over."""
-    return math.prod(cut_in_folds(num_classes)) == num_classes
+def in_folds(num_classes: int) -> int:
+    """How many entries of a row are in whole folds; the others are left over."""
+    return math.prod(_cut_in_folds(num_classes))
 
 
-def cut_in_folds(num_classes: int) -> tuple[int, int, int]:
-    """The shape of what a row is cut in, of which the second axis becomes one."""
+def folded(
+    entries: Operands,
+    both: Callable[[Operands, Operands], Operands],
+    nothing: tuple[float, ...],
+) -> Operands:
+    """Rows of whole folds, of which each has become one entry per lane."""
+    # There may be no row at all.
+    num_rows, num_classes = entries[0].shape
+    number, fold, lanes = _cut_in_folds(num_classes)
+    cut = tuple(a.reshape(num_rows, number, fold, lanes) for a in entries)
+    start = tuple(jnp.asarray(x, a.dtype) for x, a in zip(nothing, cut, strict=True))
+    found = in_memory(lax.reduce(cut, start, both, (2,)))
+    return tuple(a.reshape(num_rows, number * lanes) for a in found)
+
+
+def _cut_in_folds(num_classes: int) -> tuple[int, int, int]:
     folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
     even = (n for n in folds if num_classes % (n * _LANES) == 0)
     fold = next(even, _LARGEST_FOLD)

@@ -5,14 +5,12 @@ where all underflow. Few logits are so large or so small that it is needed for t
 sum shows whether they were (benchmarks/NOTES.md, "Exponentials as they are").
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._backends.blocks import cut_in_folds, each, is_even, short_rows
+from jaxlosses._backends.blocks import Operands, each, folded, in_folds, short_rows
 from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math.classes import (
@@ -44,7 +42,7 @@ _LARGEST_LEAD = (80, 8)
 def fewest(num_classes: int) -> int:
     """How many classes a row is to have."""
     even, uneven = FEWEST_CLASSES
-    return even if is_even(num_classes) else uneven
+    return even if in_folds(num_classes) == num_classes else uneven
 
 
 def partial(
@@ -58,7 +56,7 @@ def partial(
     """
     del magnitude  # of plain logits
     logits, labels = inputs.logits, inputs.labels
-    num_rows, num_classes = logits.shape
+    num_classes = logits.shape[1]
     label = gathered(inputs, signed, spec)
     base = in_memory(_base_of(label))
     middle = in_memory(jnp.where(jnp.isfinite(label), label, 0))
@@ -66,7 +64,7 @@ def partial(
     def wide(logits: Values) -> Values:
         return logits.astype(accumulation_dtype(logits.dtype))
 
-    def terms(logits: Values, ids: Ids) -> tuple[Values, ...]:
+    def terms(logits: Values, ids: Ids) -> Operands:
         others = jnp.where(ids == labels, -jnp.inf, wide(logits))
         mass = exp(others - base)
         return (mass, middle - wide(logits)) if spec.smooth else (mass,)
@@ -74,7 +72,7 @@ def partial(
     def summed(a: Values) -> Values:
         return total(spec, each(short_rows(a), lambda a, _: jnp.sum(a, 1)))
 
-    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add(a: Operands, b: Operands) -> Operands:
         if spec.smooth:
             return tuple(x + y for x, y in zip(a, b, strict=True))
         # For a plain sum XLA:CPU calls a library, to which all terms would be written
@@ -82,13 +80,9 @@ def partial(
         return (a[0] + jnp.abs(b[0]),)
 
     ids = ids_of_classes(spec, logits.shape)
-    cut = cut_in_folds(num_classes)
-    size = math.prod(cut)
+    size = in_folds(num_classes)
     entries = terms(logits[:, :size], ids[:, :size])
-    entries = tuple(a.reshape(num_rows, *cut) for a in entries)
-    zeros = tuple(jnp.zeros((), a.dtype) for a in entries)
-    folded = in_memory(lax.reduce(entries, zeros, add, (2,)))
-    sums = tuple(summed(a.reshape(num_rows, cut[0] * cut[2])) for a in folded)
+    sums = tuple(map(summed, folded(entries, add, (0.0,) * len(entries))))
     if size < num_classes:
         left = terms(logits[:, size:], ids[:, size:])
         sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))

@@ -5,14 +5,13 @@ vectors of the axis behind it (benchmarks/NOTES.md, "An entropy in two folds").
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlosses._backends.blocks import cut_in_folds
+from jaxlosses._backends.blocks import Operands, folded, in_folds
 from jaxlosses._elementary import exp
 from jaxlosses._math import tails
 from jaxlosses._math.classes import Spec, Values
@@ -23,15 +22,12 @@ from jaxlosses._platform import in_memory
 # Shorter rows have too few of them.
 FEWEST = 512
 
-Operands = tuple[Array, ...]
-
 
 def read(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
     """As `tails.read`, of a block of rows."""
     # A conversion from 16 bits alone would be made anew in each loop, one by one, and
     # so would a slice; with a choice they are written.
-    size = math.prod(cut_in_folds(signed.shape[1]))
-    whole, left = jnp.split(signed, [size], 1)
+    whole, left = jnp.split(signed, [in_folds(signed.shape[1])], 1)
     rows = [in_memory(jnp.where(jnp.isnan(a), jnp.nan, a)) for a in (whole, left)]
     rows = rows if left.shape[1] else rows[:1]
     peak, rival = _two_largest(rows)
@@ -96,10 +92,5 @@ def _folded(
 ) -> list[Operands]:
     """Terms of the entries, of which some at a time have become one; and of others."""
     whole, *left = rows
-    # There may be no row at all.
-    cut = (len(whole), *cut_in_folds(whole.shape[1]))
-    entries = tuple(a.reshape(cut) for a in terms(whole))
-    start = tuple(jnp.asarray(a, whole.dtype) for a in nothing)
-    folded = in_memory(lax.reduce(entries, start, both, (2,)))
-    found = tuple(a.reshape(len(whole), math.prod(a.shape[1:])) for a in folded)
+    found = folded(terms(whole), both, nothing)
     return [found, *(in_memory(terms(a)) for a in left)]
