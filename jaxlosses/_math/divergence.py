@@ -68,8 +68,7 @@ def _relative_entropy(rule: Rule, operands: Operands, norms: Norms) -> Found:
     is_forward = rule.kind.direction == "forward"
     log_p, log_q = (teacher, student) if is_forward else (student, teacher)
     ahead = lead if is_forward else -lead
-    larger = exp(jnp.where(ahead > 0, log_p, log_q))
-    terms = ratios.relative_entropy(larger, ahead)
+    terms = ratios.relative_entropy(exp(log_p), exp(log_q), ahead)
     value, over = (total(rule.spec, a) for a in terms)
     lost = jnp.log1p(over)
     value = jnp.maximum(value - lost * lost / 2, 0)

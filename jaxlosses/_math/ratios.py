@@ -1,7 +1,7 @@
 """What a class adds to a divergence, of two probabilities and their log-ratio.
 
-`lead` is `log t - log s`. Each function takes what is left over from the larger of the
-two, so that neither a large ratio nor one near 1 costs digits.
+`lead` is `log t - log s`, with digits that a difference of the two logarithms has lost.
+By it the functions take what is left over of a ratio near 1, and of no other.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxlosses._elementary import exp, expm1, log1p
 from jaxlosses._math import pairs
-from jaxlosses._math.classes import Values
+from jaxlosses._math.classes import Mask, Values
 
 # Terms of `sum_k (-d)^(k - 2) / k!` for `|d| <= 1`, by the bytes of a number.
 _LAST_OF_EXP = {4: 11, 8: 20}
@@ -21,11 +21,12 @@ _FAR = 60
 
 @jax.custom_jvp
 def excess(log_s: Values, log_t: Values, lead: Values) -> Values:
-    """`t_j - s_j`, by the larger of them; the teacher is a constant."""
-    is_behind = lead <= 0
-    larger = exp(jnp.where(is_behind, log_s, log_t))
-    behind = expm1(-jnp.abs(lead))
-    return larger * jnp.where(is_behind, behind, -behind)
+    """`t_j - s_j`; the teacher is a constant."""
+    is_near, near = _near(lead)
+    student = exp(log_s)
+    last = _LAST_OF_EXP[student.dtype.itemsize]
+    beside = student * (near * pairs.series_of_exp(near, 1, last))
+    return jnp.where(is_near, beside, exp(log_t) - student)
 
 
 @excess.defjvp
@@ -35,27 +36,24 @@ def _excess_jvp(
     return excess(*primals), -exp(primals[0]) * tangents[0]
 
 
-def relative_entropy(larger: Values, lead: Values) -> tuple[Values, Values]:
-    """`p (d + exp(-d) - 1)` with `d = log p - log q`, and `p - q`.
-
-    Args:
-        larger: the larger of `p` and `q`.
-        lead: `d`.
-    """
-    size, is_ahead = jnp.abs(lead), lead > 0
-    behind = exp(-size)
-    p = jnp.where(is_ahead, larger, larger * behind)
-    excess = larger * jnp.where(is_ahead, 1 - behind, behind - 1)
-    # Where there is nothing of one of them, `0 * inf` would be NaN.
-    terms = p * jnp.where(jnp.isinf(size), 0, lead) - excess
-    terms = jnp.where(lead == jnp.inf, jnp.inf, terms)
-    near = jnp.where(size <= 1, lead, 0)
-    series = pairs.series_of_exp(-near, 2, _LAST_OF_EXP[larger.dtype.itemsize])
+def relative_entropy(p: Values, q: Values, lead: Values) -> tuple[Values, Values]:
+    """`p (d + exp(-d) - 1)` with `d = log p - log q`, and `p - q`."""
+    is_near, near = _near(lead)
+    series = pairs.series_of_exp(-near, 2, _LAST_OF_EXP[p.dtype.itemsize])
     small = near * near * series
+    # Where there is nothing of one of them, `0 * inf` would be NaN.
+    terms = p * jnp.where(jnp.isinf(lead), 0, lead) - (p - q)
+    terms = jnp.where(lead == jnp.inf, jnp.inf, terms)
     return (
-        jnp.where(size <= 1, p * small, terms),
-        jnp.where(size <= 1, p * (near - small), excess),
+        jnp.where(is_near, p * small, terms),
+        jnp.where(is_near, p * (near - small), p - q),
     )
+
+
+def _near(lead: Values) -> tuple[Mask, Values]:
+    """Where a difference of the two would cancel, and the log-ratio there."""
+    is_near = jnp.abs(lead) <= 1
+    return is_near, jnp.where(is_near, lead, 0)
 
 
 def to_mixture(

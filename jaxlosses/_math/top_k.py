@@ -282,8 +282,7 @@ def relative_entropy(labels: Values, excess: Values, found: Softmax) -> Values:
     far = jnp.log(own) + found.nll
     lead = jnp.where(jnp.abs(ratio) < 0.5, -log1p(jnp.clip(ratio, -0.5, 0.5)), far)
     lead = jnp.where(is_some, lead, -jnp.inf)
-    larger = jnp.where(lead > 0, labels, found.p)
-    terms, _ = ratios.relative_entropy(larger, lead)
+    terms, _ = ratios.relative_entropy(labels, found.p, lead)
     return jnp.maximum(jnp.sum(terms, -1, keepdims=True) + excess, 0)
 
 
