@@ -102,8 +102,9 @@ def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
         (26, jnp.bfloat16),
     ],
 )
+@pytest.mark.parametrize("where", ["none", "shared", "own"])
 def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
-    monkeypatch: pytest.MonkeyPatch, num_classes: int, dtype: Any
+    monkeypatch: pytest.MonkeyPatch, num_classes: int, dtype: Any, where: str
 ) -> None:
     rng = np.random.default_rng(0)
     logits = 3 * rng.normal(size=(40, num_classes)).astype(np.float32)
@@ -131,7 +132,9 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
     logits[38] = np.nan
     counted = np.arange(40)[:, None] != 38
     spec = Spec((1,), False)
-    inputs = Inputs(jnp.asarray(logits, dtype), jnp.asarray(labels), counted=counted)
+    shape = {"none": None, "shared": (1, num_classes), "own": (40, num_classes)}[where]
+    mask = None if shape is None else jnp.asarray(rng.random(shape) < 0.8)
+    inputs = Inputs(jnp.asarray(logits, dtype), jnp.asarray(labels), mask, counted)
     whole = jax.jit(lambda x: statistics.evaluate(spec, x))(inputs)
     monkeypatch.setattr(blocks, "LONGEST_ROW", 300)
     found = jax.jit(lambda x: cpu.evaluate(spec, x, rows=7))(inputs)
@@ -141,7 +144,14 @@ def test_special_rows_of_blocks_and_of_few_classes_are_as_in_the_whole(
     close(whole.nll[rows], found.nll[rows])
     # A peak may be a number near the largest logit.
     close((whole.peak + whole.spread)[rows], (found.peak + found.spread)[rows])
-    np.testing.assert_array_equal(found.nll[np.r_[0, 14:22]], np.nan)
+    bad = np.r_[0, 14:22]
+    if mask is not None:
+        here = np.broadcast_to(mask, logits.shape)
+        # Infinities and NaN are of the label or of the class beside it.
+        bad = bad[~np.isin(bad, np.r_[18:22]) | here[bad, beside[bad]]]
+        out = ~here[np.arange(40), labels[:, 0]] & counted[:, 0]
+        np.testing.assert_array_equal(found.nll[out], np.nan)
+    np.testing.assert_array_equal(found.nll[bad], np.nan)
 
 
 PLAIN = Spec((1,), False)
@@ -253,6 +263,50 @@ def test_one_row_that_is_not_safe_spoils_none(num_classes: int, outlier: float) 
         np.testing.assert_allclose(
             got.nll[:, 0], np.where(counted[:, 0], want, 0), rtol=1e-6
         )
+
+
+@pytest.mark.alternate(3)
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(40, 100), (90, 1000), (90, 1024), (5, 12)])
+def test_masked_classes_are_left_out_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: str, own: bool
+) -> None:
+    """By exponentials that both passes share, by those that are as they are, or not."""
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 2**14)
+    rng = np.random.default_rng(sum(shape))
+    where = rng.random(shape if own else (1, shape[1])) < 0.8
+    logits = rng.normal(size=shape)
+    ids = rng.integers(shape[1], size=shape[0])
+    every = np.arange(shape[0])
+    logits[every, ids] += np.where(every % 3 == 0, 32, 0)
+    logits[-1] += 512  # read again, but in the smallest
+    logits = np.asarray(jnp.asarray(logits, dtype), np.float32)
+    here = np.broadcast_to(where, shape)
+    some = np.where(here, logits, np.resize([np.nan, np.inf, -np.inf], shape))
+    z = jnp.asarray(some, dtype)
+
+    def total(z: jax.Array, ids: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        loss = loss_fn(z, ids, where=where)
+        return jnp.sum(jnp.where(jnp.isnan(loss), 0, loss)), loss
+
+    run = jax.grad(total, has_aux=True)
+    gradient, loss = on_one_device(run)(z, ids)
+    named = here[every, ids]
+    np.testing.assert_array_equal(np.isnan(loss), ~named)
+    want = oracle.loss(logits[named], ids[named], where=here[named])
+    assert_loss(loss[named], want, dtype)
+    exact = oracle.gradients(logits[named], ids[named], where=here[named])
+    assert_gradient(gradient[named], exact["logits"], dtype)
+    np.testing.assert_array_equal(gradient[named][~here[named]], 0)
+
+    def of_many(z: jax.Array, ids: jax.Array) -> jax.Array:
+        return jax.vmap(run)(z, ids)[0]
+
+    more = on_one_device(of_many)(jnp.stack([z, z[::-1]]), np.stack([ids, ids[::-1]]))
+    if not own:
+        assert_gradient(more[1][::-1][named], exact["logits"], dtype)
+    assert_gradient(more[0][named], exact["logits"], dtype)
 
 
 def test_control_tokens_far_below_the_rest_are_safe() -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from jaxlosses._backends import direct, folds, once
 from jaxlosses._backends.blocks import by_rows, each, rows_of_block, short_rows
-from jaxlosses._backends.once import gathered, in_rows
+from jaxlosses._backends.once import gathered, in_rows, labels_that_exist
 from jaxlosses._math import statistics, tails
 from jaxlosses._math.classes import (
     Inputs,
@@ -65,19 +65,23 @@ def evaluate(
     """
     *batch, num_classes = inputs.logits.shape
     plain = _is_plain(spec, inputs)
-    # But for what smoothing sums of a row, by whatever it was read.
-    nearly = _is_plain(dataclasses.replace(spec, smooth=False), inputs)
-    uneven = spec.smooth and inputs.class_weights is not None
+    # But for a mask, and for what smoothing sums of a row, by whatever it was read.
+    nearly = _is_plain(dataclasses.replace(spec, smooth=False), _unmasked(inputs))
+    weights = inputs.where, inputs.class_weights
+    uneven = spec.smooth and weights != (None, None)
     one_axis = dataclasses.replace(spec, axes=(1,))
     inputs = in_rows(inputs)
+    if inputs.where is not None and not spec.dense:
+        inputs = inputs._replace(labels=labels_that_exist(inputs))
     num_rows = len(inputs.logits)
     rows = rows_of_block(num_classes) if rows is None else rows
     directly = directly and num_classes >= direct.fewest(num_classes)
     if plain and num_classes <= FEW_CLASSES:
         out = _of_few(one_axis, inputs)
     elif shares_terms(one_axis, inputs, rows):
-        out = statistics.evaluate(one_axis, inputs, once.ONCE)
-    elif spec.dense or uneven or inputs.where is not None:
+        part = statistics.partial(one_axis, inputs, None, once.ONCE)
+        out = statistics.finish(one_axis, part, inputs)
+    elif spec.dense or uneven:
         out = by_rows(
             lambda block: statistics.evaluate(one_axis, block(), BLOCK),
             inputs,
@@ -117,7 +121,7 @@ def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
     fits = num_rows <= rows
     if num_classes >= direct.fewest(num_classes):
         fits &= num_rows * num_classes < FEW_LOGITS
-    return fits and num_classes > FEW_CLASSES and _is_plain(spec, inputs)
+    return fits and num_classes > FEW_CLASSES and _is_plain(spec, _unmasked(inputs))
 
 
 def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
@@ -140,6 +144,10 @@ def _read(
     if label is not None:
         reading = reading._replace(partial=functools.partial(_beside, label))
     return _with_slack(spec, inputs, statistics.partial(spec, inputs, None, reading))
+
+
+def _unmasked(inputs: Inputs) -> Inputs:
+    return inputs._replace(where=None)
 
 
 def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:

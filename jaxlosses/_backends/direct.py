@@ -1,4 +1,4 @@
-"""A block of plain logits by their exponentials as they are: no search for the largest.
+"""A block of logits by their exponentials as they are: no search for the largest.
 
 The largest keeps a sum of exponentials from overflowing, and from losing its digits
 where all underflow. Few logits are so large or so small that it is needed for that; a
@@ -14,7 +14,6 @@ from jaxlosses._backends.blocks import Operands, each, folded, in_folds, short_r
 from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math.classes import (
-    Ids,
     Inputs,
     Mask,
     Spec,
@@ -64,10 +63,12 @@ def partial(
     def wide(logits: Values) -> Values:
         return logits.astype(accumulation_dtype(logits.dtype))
 
-    def terms(logits: Values, ids: Ids) -> Operands:
-        others = jnp.where(ids == labels, -jnp.inf, wide(logits))
-        mass = exp(others - base)
-        return (mass, middle - wide(logits)) if spec.smooth else (mass,)
+    def terms(of: slice) -> Operands:
+        some, out = logits[:, of], ids[:, of] == labels
+        if inputs.where is not None:
+            out |= ~inputs.where[:, of]
+        mass = exp(jnp.where(out, -jnp.inf, wide(some)) - base)
+        return (mass, middle - wide(some)) if spec.smooth else (mass,)
 
     def summed(a: Values) -> Values:
         return total(spec, each(short_rows(a), lambda a, _: jnp.sum(a, 1)))
@@ -81,10 +82,10 @@ def partial(
 
     ids = ids_of_classes(spec, logits.shape)
     size = in_folds(num_classes)
-    entries = terms(logits[:, :size], ids[:, :size])
+    entries = terms(slice(size))
     sums = tuple(map(summed, folded(entries, add, (0.0,) * len(entries))))
     if size < num_classes:
-        left = terms(logits[:, size:], ids[:, size:])
+        left = terms(slice(size, None))
         sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
     mass, *behind = sums
     rival = base + jnp.log(mass)

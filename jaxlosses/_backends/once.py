@@ -6,12 +6,11 @@ for both passes").
 
 import dataclasses
 import functools
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array
 
 from jaxlosses._elementary import exp, exp_of_row
 from jaxlosses._math import gradient, statistics
@@ -43,7 +42,9 @@ def pullback(
     shape = inputs.logits.shape
     spec = dataclasses.replace(spec, axes=(1,))
     inputs, kept, cotangents = in_rows((inputs, kept, cotangents))
-    others = _others(spec, inputs.logits, inputs.labels, kept.peak, kept.spread)
+    if inputs.where is not None:
+        inputs = inputs._replace(labels=labels_that_exist(inputs))
+    others = _others(spec, Inputs(*inputs[:3]), kept.peak, kept.spread)
     d = gradient.pullback(spec, inputs, kept, cotangents, linear=linear, others=others)
     return d._replace(logits=d.logits.reshape(shape))
 
@@ -53,9 +54,17 @@ def in_rows(tree: Rows) -> Rows:
     return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]) if a.ndim else a, tree)
 
 
+def labels_that_exist(inputs: Inputs) -> Ids:
+    """The labels of some rows, -1 for one that names a masked class."""
+    assert inputs.where is not None
+    labels = inputs.labels
+    here = jnp.take_along_axis(inputs.where, jnp.maximum(labels, 0), 1)
+    return jnp.where(here, labels, -1)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _others(
-    spec: Spec, logits: Values, labels: Ids, peak: Values, spread: Values
+    spec: Spec, inputs: Inputs, peak: Values, spread: Values
 ) -> tuple[Values, Values]:
     """Two factors of the probabilities of all classes but the label.
 
@@ -64,50 +73,52 @@ def _others(
     """
 
     @custom_vmap
-    def shared(
-        logits: Values, labels: Ids, peak: Values, spread: Values
-    ) -> tuple[Values, Values]:
-        rival, terms = _terms(spec, logits, labels)
+    def shared(inputs: Inputs, peak: Values, spread: Values) -> tuple[Values, Values]:
+        rival, terms = _terms(spec, inputs)
         # Without any rival there is nothing to share.
         ratio = jnp.where(rival == -jnp.inf, 0, exp(rival - peak))
         return terms, ratio / exp(spread)
 
     @shared.def_vmap
     def of_more_rows(
-        size: Size, mapped: list[bool], *args: Array
+        size: Size, mapped: list[Any], *args: Any
     ) -> tuple[tuple[Values, Values], tuple[bool, bool]]:
         def alone(
-            logits: Values, labels: Ids, peak: Values, spread: Values
+            inputs: Inputs, peak: Values, spread: Values
         ) -> tuple[Values, Values]:
-            del labels
-            behind = logits.astype(peak.dtype) - peak
-            return exp_of_row(behind, logits), 1 / exp(spread)
+            behind = inputs.logits.astype(peak.dtype) - peak
+            if inputs.where is not None:
+                behind = jnp.where(inputs.where, behind, -jnp.inf)
+            return exp_of_row(behind, inputs.logits), 1 / exp(spread)
 
-        in_axes = [0 if here else None for here in mapped]
-        return jax.vmap(alone, in_axes, axis_size=size)(*args), (True, True)
+        in_axes = jax.tree.map(lambda here: 0 if here else None, mapped)
+        return jax.vmap(alone, tuple(in_axes), axis_size=size)(*args), (True, True)
 
-    factors: tuple[Values, Values] = shared(logits, labels, peak, spread)
+    factors: tuple[Values, Values] = shared(inputs, peak, spread)
     return factors
 
 
 @_others.defjvp
 def _others_jvp(
     spec: Spec,
-    primals: tuple[Values, Ids, Values, Values],
-    tangents: tuple[Values, Array, Values, Values],
+    primals: tuple[Inputs, Values, Values],
+    tangents: tuple[Inputs, Values, Values],
 ) -> tuple[tuple[Values, Values], tuple[Values, Values]]:
     weight, share = _others(spec, *primals)
-    d_logits, _, _, d_spread = tangents  # the peak is a constant
+    (d_logits, *_), _, d_spread = tangents  # the peak is a constant
     # A row that does not count may hold a NaN.
     slope = jnp.where(jnp.isnan(weight), 0, weight)
     d = slope * d_logits.astype(weight.dtype), -share * d_spread
     return (weight, share), d
 
 
-def _terms(spec: Spec, logits: Values, labels: Ids) -> tuple[Values, Values]:
+def _terms(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     """The largest logit of the other classes, and their exponentials relative to it."""
+    logits, labels, where, *_ = inputs
+    out = ids_of_classes(spec, logits.shape) == labels
+    out = out if where is None else out | ~where
     wide = logits.astype(accumulation_dtype(logits.dtype))
-    others = jnp.where(ids_of_classes(spec, logits.shape) == labels, -jnp.inf, wide)
+    others = jnp.where(out, -jnp.inf, wide)
     rival = largest(spec, others)
     # Not the exponential of `_elementary`: XLA:CPU has a library for a sum of its own.
     return rival, jnp.exp(others - jnp.where(rival == -jnp.inf, 0, rival))
@@ -118,7 +129,7 @@ def _partial_at_once(
 ) -> Partial:
     """The label's logit, the largest of the others, and their mass."""
     del magnitude  # of plain logits
-    rival, terms = _terms(spec, inputs.logits, inputs.labels)
+    rival, terms = _terms(spec, inputs)
     return Partial(gathered(inputs, signed, spec), rival, total(spec, terms))
 
 
