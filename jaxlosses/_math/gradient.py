@@ -139,8 +139,12 @@ def pullback(
         d_z = d_z + ((g_entropy * share) * weight) * beyond
     if g_smooth is not None:
         u = uniform_of(spec, inputs, p.dtype) if uniform is None else uniform
-        minus_rest = _minus_others(behind, spread, p)
-        d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)
+        if inputs.class_weights is None:
+            # The same share of all: no class but one alone has nearly as much.
+            d_z = d_z + g_smooth * (p - u.target)
+        else:
+            minus_rest = _minus_others(behind, spread, p)
+            d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)
         if inputs.class_weights is not None:
             d_uniform = _of_targets(g_smooth, log_p, present, linear)
             d_uniform = d_uniform / u.num_classes
