@@ -18,7 +18,7 @@ from tolerances import assert_gradient, assert_loss
 import jaxlosses as jl
 from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
 from jaxlosses._backends import blocks, choose, cpu, direct, folds
-from jaxlosses._math import statistics
+from jaxlosses._math import statistics, transform
 from jaxlosses._math.classes import Inputs, Spec
 
 CLASSES = 13
@@ -164,7 +164,9 @@ def read_directly() -> Callable[[Inputs], tuple[jax.Array, jax.Array]]:
     def run(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         part = statistics.partial(PLAIN, inputs, None, cpu.DIRECT)
         nll = statistics.finish(PLAIN, part, inputs).nll
-        return nll[:, 0], direct.are_safe(part)
+        scale = inputs.scale
+        magnitude = None if scale is None else transform.magnitude_of(scale)
+        return nll[:, 0], direct.are_safe(part, None, magnitude)
 
     return jax.jit(run)
 
@@ -195,6 +197,41 @@ def test_exponentials_as_they_are_cost_no_digits(
     losses, safe = read_directly()(inputs)
     assert safe
     np.testing.assert_allclose(losses, oracle.loss(logits, ids), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.7, -1.3, 1e-3, 300.0, "of each"])
+@pytest.mark.parametrize(
+    ("level", "ahead"),
+    [
+        *((0.0, ahead) for ahead in (-50.0, 0.0, 20.0, 54.0)),
+        *((level, ahead) for level in (-20.0, 15.0) for ahead in (-25.0, 40.0)),
+        *((level, ahead) for level in (-200.0, 200.0) for ahead in (-12.0, 7.0)),
+    ],
+)
+def test_scaled_logits_by_exponentials_as_they_are_cost_no_digits(
+    scale: float | str, level: float, ahead: float
+) -> None:
+    """All but the rounding of a product, which for a sum of 24 nats is a millionth."""
+    rng = np.random.default_rng(0)
+    rows, ids = np.arange(66), rng.integers(1000, size=66)
+    if scale == "of each":
+        factor = rng.normal(size=66).astype(np.float32)
+    else:
+        factor = np.full(66, scale, np.float32)
+    scaled = rng.normal(size=(66, 1000)) + level
+    scaled[rows, ids] = -np.inf
+    scaled[rows, ids] = scaled.max(axis=-1) + ahead
+    logits = (scaled / factor[:, None]).astype(np.float32)
+    given = factor[:, None] if scale == "of each" else factor[0]
+    inputs = Inputs(
+        jnp.asarray(logits),
+        jnp.asarray(ids, jnp.int32)[:, None],
+        scale=jnp.asarray(given),
+    )
+    losses, safe = read_directly()(inputs)
+    assert safe
+    exact = oracle.loss(logits, ids, logit_scale=factor[:, None])
+    np.testing.assert_allclose(losses, exact, rtol=2e-6)
 
 
 @pytest.mark.parametrize("beyond", [0.0, 25.0, 60.0])
@@ -241,9 +278,16 @@ def test_what_exponentials_as_they_are_cannot_serve_is_told() -> None:
     # What they can: classes that are not there.
     logits[7, 200:] = -np.inf
     ids[8] = -1
-    rows = zip(jnp.asarray(logits)[:, None], jnp.asarray(ids)[:, None], strict=True)
-    safe = [read_directly()(Inputs(*row))[1] for row in rows]
-    np.testing.assert_array_equal(safe, [False] * 7 + [True] * 2)
+    for scale in (None, jnp.float32(0.5), jnp.float32(-1)):
+        z = logits if scale is None else logits / scale
+        rows = zip(jnp.asarray(z)[:, None], jnp.asarray(ids)[:, None], strict=True)
+        safe = [read_directly()(Inputs(*row, scale=scale))[1] for row in rows]
+        np.testing.assert_array_equal(safe, [False] * 7 + [True] * 2)
+    level = Inputs(jnp.full((1, 1024), 30.0), jnp.zeros((1, 1), jnp.int32))
+    for scale, fits in ((None, True), (jnp.float32(1), False), (jnp.float32(0), True)):
+        loss, safe = read_directly()(level._replace(scale=scale))
+        np.testing.assert_allclose(loss, np.log(1024), rtol=1e-6)
+        assert safe == fits
 
 
 @pytest.mark.alternate(3)
@@ -307,6 +351,35 @@ def test_masked_classes_are_left_out_of_blocks(
     if not own:
         assert_gradient(more[1][::-1][named], exact["logits"], dtype)
     assert_gradient(more[0][named], exact["logits"], dtype)
+
+
+@pytest.mark.parametrize("of_each", [True, False])
+def test_scaled_logits_of_blocks_have_exact_gradients(
+    monkeypatch: pytest.MonkeyPatch, of_each: bool
+) -> None:
+    """Also by the scale; of blocks that are safe and of one that is not."""
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", 2**14)
+    rng = np.random.default_rng(3)
+    logits = 2 * rng.normal(size=(90, 1000)).astype(np.float32)
+    ids = rng.integers(1000, size=90)
+    logits[:20, 7] += 400
+    scale = rng.normal(size=90 if of_each else ()).astype(np.float32)
+    where = rng.random((1, 1000)) < 0.9
+    where[0, ids] = True
+
+    def total(z: jax.Array, scale: jax.Array) -> jax.Array:
+        return jnp.sum(loss_fn(z, ids, where=where, logit_scale=scale))
+
+    run = on_one_device(jax.grad(total, (0, 1)))
+    by_logits, by_scale = run(jnp.asarray(logits), jnp.asarray(scale))
+    factors = np.broadcast_to(scale, 90)
+    exact = oracle.gradients(logits, ids, where=where, logit_scale=factors[:, None])
+    assert_gradient(by_logits, exact["logits"], "float32")
+    rows = zip(logits[:, None], ids[:, None], factors, strict=True)
+    each = [oracle.gradients(z, y, where=where, logit_scale=x) for z, y, x in rows]
+    want = np.array([row["logit_scale"] for row in each])
+    want = want if of_each else want.sum()
+    np.testing.assert_allclose(by_scale, want, rtol=1e-5, atol=1e-5)
 
 
 def test_control_tokens_far_below_the_rest_are_safe() -> None:

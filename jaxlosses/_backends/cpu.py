@@ -35,7 +35,7 @@ from jaxlosses._math.divergence import evaluate as evaluate_divergence
 from jaxlosses._math.statistics import Partial, Reading, Statistics
 from jaxlosses._math.tails import Tail
 from jaxlosses._math.teacher import Found, Operands, Rule
-from jaxlosses._math.transform import gap_of, scaled, signed_of
+from jaxlosses._math.transform import gap_of, magnitude_of, scaled, signed_of
 from jaxlosses._platform import in_memory
 from jaxlosses._types import Size, Tree
 
@@ -65,8 +65,11 @@ def evaluate(
     """
     *batch, num_classes = inputs.logits.shape
     plain = _is_plain(spec, inputs)
-    # But for a mask, and for what smoothing sums of a row, by whatever it was read.
-    nearly = _is_plain(dataclasses.replace(spec, smooth=False), _unmasked(inputs))
+    # But for a mask, a scale, and what smoothing sums, which cannot be of two scales.
+    nearly = _is_plain(
+        dataclasses.replace(spec, smooth=False),
+        _unmasked(inputs if spec.smooth else inputs._replace(scale=None)),
+    )
     weights = inputs.where, inputs.class_weights
     uneven = spec.smooth and weights != (None, None)
     one_axis = dataclasses.replace(spec, axes=(1,))
@@ -169,7 +172,8 @@ def _read_directly(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     """The same without a search for the largest, if no logit is too large for that."""
     inputs = block()
     part = statistics.partial(spec, inputs, None, DIRECT)
-    safe = direct.are_safe(part, inputs.counted)
+    magnitude = None if inputs.scale is None else magnitude_of(inputs.scale)
+    safe = direct.are_safe(part, inputs.counted, magnitude)
     # Cut out anew: as an operand of both branches a block would be copied.
     out: Partial = lax.cond(safe, lambda: part, lambda: _read(spec, block, part.label))
     return out

@@ -23,6 +23,7 @@ from jaxlosses._math.classes import (
     total,
 )
 from jaxlosses._math.statistics import Partial
+from jaxlosses._math.transform import exp_of_sum, lead_of, scaled, with_sign
 from jaxlosses._platform import in_memory
 
 # Shorter rows cost more to begin with than is saved, and if they are no multiple of a
@@ -31,11 +32,14 @@ FEWEST_CLASSES = (128, 256)
 # Of a label, in nats. Beyond it, exponentials are relative to the label's.
 _LARGEST_LABEL = 60
 # Of a sum of exponentials, in nats above or below one; and of those relative to the
-# label, where a difference of 24 nats is rounded by 2^-20.
+# label or of scaled logits, where what is 24 nats is rounded by 2^-20.
 _LARGEST_LEVEL = (69, 24)
 # Of how far a label is ahead of such a sum: more would underflow; and likewise, where
 # there are no terms that are larger.
 _LARGEST_LEAD = (80, 8)
+
+# From its label, before a scale: a rounding of more would be felt by the scale's slope.
+_FURTHEST = 32
 
 
 def fewest(num_classes: int) -> int:
@@ -50,25 +54,20 @@ def partial(
     """What a loss on class ids needs of a block.
 
     In the place of a rival is the logarithm of the sum of exponentials of the other
-    classes, of which the mass is one but for roundings. `are_safe` says whether the
-    exponentials were fit.
+    classes, of which the mass is one but for roundings, or what is near to it.
+    `are_safe` says whether the exponentials were fit.
     """
-    del magnitude  # of plain logits
-    logits, labels = inputs.logits, inputs.labels
-    num_classes = logits.shape[1]
+    num_classes = signed.shape[1]
     label = gathered(inputs, signed, spec)
-    base = in_memory(_base_of(label))
+    base = in_memory(_base_of(label, magnitude))
     middle = in_memory(jnp.where(jnp.isfinite(label), label, 0))
 
-    def wide(logits: Values) -> Values:
-        return logits.astype(accumulation_dtype(logits.dtype))
-
     def terms(of: slice) -> Operands:
-        some, out = logits[:, of], ids[:, of] == labels
+        some, out = _signed(inputs, of), ids[:, of] == inputs.labels
         if inputs.where is not None:
             out |= ~inputs.where[:, of]
-        mass = exp(jnp.where(out, -jnp.inf, wide(some)) - base)
-        return (mass, middle - wide(some)) if spec.smooth else (mass,)
+        mass = exp(scaled(jnp.where(out, -jnp.inf, some) - base, magnitude))
+        return (mass, middle - some) if spec.smooth else (mass,)
 
     def summed(a: Values) -> Values:
         return total(spec, each(short_rows(a), lambda a, _: jnp.sum(a, 1)))
@@ -80,7 +79,7 @@ def partial(
         # first; it does not for a sum of absolute values. No exponential is negative.
         return (a[0] + jnp.abs(b[0]),)
 
-    ids = ids_of_classes(spec, logits.shape)
+    ids = ids_of_classes(spec, signed.shape)
     size = in_folds(num_classes)
     entries = terms(slice(size))
     sums = tuple(map(summed, folded(entries, add, (0.0,) * len(entries))))
@@ -88,32 +87,51 @@ def partial(
         left = terms(slice(size, None))
         sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
     mass, *behind = sums
-    rival = base + jnp.log(mass)
-    part = Partial(label, rival, mass * exp(base - rival))
+    if magnitude is None:
+        rival = base + jnp.log(mass)
+        part = Partial(label, rival, mass * exp(base - rival))
+    else:
+        # By a small scale the sum is a logit far from all others.
+        away = (base - middle) + jnp.log(mass) / magnitude
+        rival = middle + jnp.clip(away, -_FURTHEST, _FURTHEST)
+        beside = exp_of_sum(lead_of(spec, base, rival, magnitude))
+        part = Partial(label, rival, mass * beside)
     if not behind:
         return part
     slack = behind[0] / num_classes + (jnp.maximum(label, rival) - middle)
     return part._replace(slack=slack, share=jnp.ones_like(slack))
 
 
-def _base_of(label: Values) -> Values:
+def _signed(inputs: Inputs, of: slice) -> Values:
+    """Some logits with the sign of the scale. A conversion is part of their loop."""
+    logits = inputs.logits[:, of]
+    return with_sign(logits.astype(accumulation_dtype(logits.dtype)), inputs.scale)[0]
+
+
+def _base_of(label: Values, magnitude: Values | None) -> Values:
     """What exponentials are relative to."""
-    far = (jnp.abs(label) > _LARGEST_LABEL) & jnp.isfinite(label)
+    far = (scaled(jnp.abs(label), magnitude) > _LARGEST_LABEL) & jnp.isfinite(label)
     return jnp.where(far, label, 0)
 
 
-def are_safe(part: Partial, counted: Mask | None = None) -> Array:
+def are_safe(
+    part: Partial, counted: Mask | None = None, magnitude: Values | None = None
+) -> Array:
     """Whether no exponential overflowed, and none that counts underflowed, in any row.
 
     NaN is not safe. Two numbers at once, since XLA:CPU would cut a reduction of one in
     pieces, each of which is compiled.
     """
-    base = _base_of(part.label)
-    level, lead = jnp.abs(part.rival - base), part.label - part.rival
-    most, furthest = (
-        jnp.where(base == 0, *of) for of in (_LARGEST_LEVEL, _LARGEST_LEAD)
-    )
-    near, ahead = level < most, lead < furthest
+    base = _base_of(part.label, magnitude)
+    level = scaled(part.rival - base, magnitude)
+    lead = scaled(part.label - part.rival, magnitude)
+    if magnitude is not None:
+        left = jnp.log(part.mass)
+        level, lead = level + left, lead - left
+    exact = base == 0 if magnitude is None else False
+    most = jnp.where(exact, *_LARGEST_LEVEL)
+    furthest = jnp.where(base == 0, *_LARGEST_LEAD)
+    near, ahead = jnp.abs(level) < most, lead < furthest
     if counted is not None:
         near, ahead = near | ~counted, ahead | ~counted
 
