@@ -64,12 +64,7 @@ def evaluate(
         directly: whether plain rows may be read without a search for the largest logit.
     """
     *batch, num_classes = inputs.logits.shape
-    plain = _is_plain(spec, inputs)
-    # But for a mask, a scale, and what smoothing sums, which cannot be of two scales.
-    nearly = _is_plain(
-        dataclasses.replace(spec, smooth=False),
-        _unmasked(inputs if spec.smooth else inputs._replace(scale=None)),
-    )
+    directly = directly and _suits_direct(spec, inputs)
     weights = inputs.where, inputs.class_weights
     uneven = spec.smooth and weights != (None, None)
     one_axis = dataclasses.replace(spec, axes=(1,))
@@ -78,8 +73,7 @@ def evaluate(
         inputs = inputs._replace(labels=labels_that_exist(inputs))
     num_rows = len(inputs.logits)
     rows = rows_of_block(num_classes) if rows is None else rows
-    directly = directly and num_classes >= direct.fewest(num_classes)
-    if plain and num_classes <= FEW_CLASSES:
+    if num_classes <= FEW_CLASSES and _is_plain(spec, inputs):
         out = _of_few(one_axis, inputs)
     elif shares_terms(one_axis, inputs, rows):
         part = statistics.partial(one_axis, inputs, None, once.ONCE)
@@ -92,7 +86,6 @@ def evaluate(
             rows,
         )
     else:
-        directly &= nearly
         read = _read_directly if directly else _read
         if directly:
             rows *= LARGER
@@ -124,7 +117,8 @@ def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
     fits = num_rows <= rows
     if num_classes >= direct.fewest(num_classes):
         fits &= num_rows * num_classes < FEW_LOGITS
-    return fits and num_classes > FEW_CLASSES and _is_plain(spec, _unmasked(inputs))
+    unmasked = inputs._replace(where=None)
+    return fits and num_classes > FEW_CLASSES and _is_plain(spec, unmasked)
 
 
 def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
@@ -147,10 +141,6 @@ def _read(
     if label is not None:
         reading = reading._replace(partial=functools.partial(_beside, label))
     return _with_slack(spec, inputs, statistics.partial(spec, inputs, None, reading))
-
-
-def _unmasked(inputs: Inputs) -> Inputs:
-    return inputs._replace(where=None)
 
 
 def _with_slack(spec: Spec, inputs: Inputs, part: Partial) -> Partial:
@@ -227,6 +217,20 @@ def _with_rows(size: Size, is_mapped: Inputs, inputs: Inputs) -> Inputs | None:
     if where is not None and where.size != logits.shape[-1]:
         where = repeated(where)
     return Inputs(logits, labels, where, counted, rows.class_weights, scale)
+
+
+def _suits_direct(spec: Spec, inputs: Inputs) -> bool:
+    """Whether exponentials as they are may do: also with a mask, a scale or smoothing.
+
+    What smoothing sums of scaled logits is left to the other reading.
+    """
+    num_classes = inputs.logits.shape[-1]
+    if num_classes < direct.fewest(num_classes):
+        return False
+    inputs = inputs._replace(where=None)
+    if spec.smooth:
+        return _is_plain(dataclasses.replace(spec, smooth=False), inputs)
+    return _is_plain(spec, inputs._replace(scale=None))
 
 
 def _is_plain(spec: Spec, inputs: Inputs) -> bool:
