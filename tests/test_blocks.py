@@ -199,6 +199,7 @@ def test_exponentials_as_they_are_cost_no_digits(
     np.testing.assert_allclose(losses, oracle.loss(logits, ids), rtol=1e-6)
 
 
+@pytest.mark.alternate(3)
 @pytest.mark.parametrize("scale", [0.7, -1.3, 1e-3, 300.0, "of each"])
 @pytest.mark.parametrize(
     ("level", "ahead"),
