@@ -35,7 +35,7 @@ from jaxlosses._math.divergence import evaluate as evaluate_divergence
 from jaxlosses._math.statistics import Partial, Reading, Statistics
 from jaxlosses._math.tails import Tail
 from jaxlosses._math.teacher import Found, Operands, Rule
-from jaxlosses._math.transform import gap_of, magnitude_of, scaled, signed_of
+from jaxlosses._math.transform import gap_of, scaled, signed_of
 from jaxlosses._platform import in_memory
 from jaxlosses._types import Size, Tree
 
@@ -61,7 +61,7 @@ def evaluate(
         spec: with the class axis last.
         inputs: any batch axes.
         rows: of a block; None for as many as fit.
-        directly: whether plain rows may be read without a search for the largest logit.
+        directly: whether rows may be read without a search for the largest logit.
     """
     *batch, num_classes = inputs.logits.shape
     directly = directly and _suits_direct(spec, inputs)
@@ -69,7 +69,7 @@ def evaluate(
     uneven = spec.smooth and weights != (None, None)
     one_axis = dataclasses.replace(spec, axes=(1,))
     inputs = in_rows(inputs)
-    if inputs.where is not None and not spec.dense:
+    if inputs.where is not None and not (spec.dense or uneven):
         inputs = inputs._replace(labels=labels_that_exist(inputs))
     num_rows = len(inputs.logits)
     rows = rows_of_block(num_classes) if rows is None else rows
@@ -162,8 +162,7 @@ def _read_directly(spec: Spec, block: Callable[[], Inputs]) -> Partial:
     """The same without a search for the largest, if no logit is too large for that."""
     inputs = block()
     part = statistics.partial(spec, inputs, None, DIRECT)
-    magnitude = None if inputs.scale is None else magnitude_of(inputs.scale)
-    safe = direct.are_safe(part, inputs.counted, magnitude)
+    safe = direct.are_safe(part, inputs)
     # Cut out anew: as an operand of both branches a block would be copied.
     out: Partial = lax.cond(safe, lambda: part, lambda: _read(spec, block, part.label))
     return out

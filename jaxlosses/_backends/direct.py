@@ -15,7 +15,6 @@ from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math.classes import (
     Inputs,
-    Mask,
     Spec,
     Values,
     accumulation_dtype,
@@ -23,7 +22,13 @@ from jaxlosses._math.classes import (
     total,
 )
 from jaxlosses._math.statistics import Partial
-from jaxlosses._math.transform import exp_of_sum, lead_of, scaled, with_sign
+from jaxlosses._math.transform import (
+    exp_of_sum,
+    lead_of,
+    magnitude_of,
+    scaled,
+    with_sign,
+)
 from jaxlosses._platform import in_memory
 
 # Shorter rows cost more to begin with than is saved, and if they are no multiple of a
@@ -114,23 +119,23 @@ def _base_of(label: Values, magnitude: Values | None) -> Values:
     return jnp.where(far, label, 0)
 
 
-def are_safe(
-    part: Partial, counted: Mask | None = None, magnitude: Values | None = None
-) -> Array:
+def are_safe(part: Partial, inputs: Inputs) -> Array:
     """Whether no exponential overflowed, and none that counts underflowed, in any row.
 
     NaN is not safe. Two numbers at once, since XLA:CPU would cut a reduction of one in
     pieces, each of which is compiled.
     """
+    counted, scale = inputs.counted, inputs.scale
+    magnitude = None if scale is None else magnitude_of(scale)
     base = _base_of(part.label, magnitude)
     level = scaled(part.rival - base, magnitude)
     lead = scaled(part.label - part.rival, magnitude)
+    plain, rounded = _LARGEST_LEVEL
+    most = jnp.where(base == 0, plain if magnitude is None else rounded, rounded)
+    furthest = jnp.where(base == 0, *_LARGEST_LEAD)
     if magnitude is not None:
         left = jnp.log(part.mass)
         level, lead = level + left, lead - left
-    exact = base == 0 if magnitude is None else False
-    most = jnp.where(exact, *_LARGEST_LEVEL)
-    furthest = jnp.where(base == 0, *_LARGEST_LEAD)
     near, ahead = jnp.abs(level) < most, lead < furthest
     if counted is not None:
         near, ahead = near | ~counted, ahead | ~counted

@@ -35,7 +35,7 @@ Rows = TypeVar("Rows")
 def pullback(
     spec: Spec, inputs: Inputs, kept: Statistics, cotangents: Cotangents, linear: bool
 ) -> Gradients:
-    """That of plain logits of one block, by the exponentials of `ONCE`.
+    """That of plain logits of one block, or with a mask, by the terms of `ONCE`.
 
     In one program XLA finds that they are the same, and takes them once.
     """

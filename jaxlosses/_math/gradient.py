@@ -70,7 +70,7 @@ def pullback(
         + g_entropy p_j ((m - z_j) - depth)
 
     `T p_j - t_j` is evaluated as `(T - t_j) p_j - t_j (1 - p_j)`, with `p_j - 1` from
-    the spread where it cancels; the same for `u`.
+    the spread where it cancels; the same for `u`, unless all classes weigh the same.
 
     Args:
         spec: what is static.
@@ -145,7 +145,6 @@ def pullback(
         else:
             minus_rest = _minus_others(behind, spread, p)
             d_z = d_z + g_smooth * (u.others * p + u.target * minus_rest)
-        if inputs.class_weights is not None:
             d_uniform = _of_targets(g_smooth, log_p, present, linear)
             d_uniform = d_uniform / u.num_classes
             d_class_weights = _add(d_class_weights, d_uniform)
