@@ -105,6 +105,11 @@ def is_local() -> bool:
     return jax.device_count() == 1 and num_cpus() <= 1
 
 
+def is_by_hand() -> bool:
+    """Whether this is the inside of a `shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def num_parts() -> int:
     """Over how many devices arrays may be spread by itself, where the mesh is known.
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxlosses._math.classes import Whole
+from jaxlosses._platform import is_by_hand
 from jaxlosses._types import Size, Tree
 
 # A tree of arrays, in which None stands for what is not given.
@@ -171,6 +172,8 @@ def varies_less(x: Tree, like: Tree) -> bool:
 
 def scan(body: Callable[[Tree, Tree], Tree], start: Tree, xs: Tree) -> Tree:
     """`lax.scan`, with constants at the start typed as the loop makes them."""
-    first = jax.tree.map(lambda a: a[0], xs)
-    like, _ = jax.eval_shape(body, start, first)
-    return lax.scan(body, jax.tree.map(typed_like, start, like), xs)
+    if is_by_hand():
+        first = jax.tree.map(lambda a: a[0], xs)
+        like, _ = jax.eval_shape(body, start, first)
+        start = jax.tree.map(typed_like, start, like)
+    return lax.scan(body, start, xs)
