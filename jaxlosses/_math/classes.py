@@ -136,12 +136,15 @@ def accumulation_dtype(dtype: DType) -> Any:
 
 def ids_of_classes(spec: Spec, shape: Shape) -> Ids:
     """The id of every class, of the logits' rank with batch axes of size 1."""
-    ids, local = jnp.zeros((1,) * len(shape), jnp.int32), 1
+    ids, local = None, 1
     for axis in spec.axes:
         dims = [n if i == axis else 1 for i, n in enumerate(shape)]
-        ids = ids * shape[axis] + lax.broadcasted_iota(jnp.int32, dims, axis)
+        along = lax.broadcasted_iota(jnp.int32, dims, axis)
+        ids = along if ids is None else ids * shape[axis] + along
         local *= shape[axis]
-    return ids + spec.shards.first_id(local)
+    if ids is None:
+        ids = jnp.zeros((1,) * len(shape), jnp.int32)
+    return ids if spec.shards == Whole() else ids + spec.shards.first_id(local)
 
 
 def is_label(spec: Spec, inputs: Inputs) -> Mask:
