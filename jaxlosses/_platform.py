@@ -4,17 +4,20 @@ Every question about them is asked here, and nowhere else.
 """
 
 import contextvars
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from jaxlosses._types import Size
+from jaxlosses._types import Size, Tree
 
 Result = TypeVar("Result")
 
@@ -30,11 +33,20 @@ def by_platform(
     otherwise: Callable[..., Result],
     *args: object,
     on_tpu: Callable[..., Result] | None = None,
+    lazily: bool = True,
 ) -> Result:
     """One of some functions of the arguments, by the platform that a program is for.
 
-    All are traced, on every host and for every platform; what they choose in their
-    turn is chosen at once.
+    Each may be asked for on every host; what they choose in their turn is chosen at
+    once.
+
+    Args:
+        on_cpu: on a CPU.
+        otherwise: on the others.
+        *args: pytrees of arrays.
+        on_tpu: on a TPU, or None for the others' function.
+        lazily: whether the functions may be called later, when a program is lowered.
+            All that is traced in them must be in the arguments.
     """
     known = _known.get()
     if known == "cpu":
@@ -44,10 +56,14 @@ def by_platform(
     if known == "tpu" and on_tpu is not None:
         return on_tpu(*args)
     branches = {} if known else {"cpu": _within("cpu", on_cpu)}
-    default = _within("other" if on_tpu is None else "gpu", otherwise)
+    branches["default"] = _within("other" if on_tpu is None else "gpu", otherwise)
     if on_tpu is not None:
         branches["tpu"] = _within("tpu", on_tpu)
-    return lax.platform_dependent(*args, default=default, **branches)
+    # Inside a `shard_map` types tell how arrays are spread, which an operation of ours
+    # would have to follow.
+    if known is None and lazily and jax.sharding.get_abstract_mesh().empty:
+        return _lazily(branches, args)
+    return lax.platform_dependent(*args, **branches)
 
 
 def _within(known: Known, run: Callable[..., Result]) -> Callable[..., Result]:
@@ -61,6 +77,124 @@ def _within(known: Known, run: Callable[..., Result]) -> Callable[..., Result]:
             _known.reset(before)
 
     return traced
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Branches:
+    """Functions of flat arrays for each platform, of which one is traced already.
+
+    JAX's own choice by platform traces all of them, which took as long as all else
+    (benchmarks/NOTES.md, "Other platforms when they are asked for").
+
+    Attributes:
+        functions: of each platform, and the default.
+        traced: of the platform of this host.
+        context: settings of the trace on which another depends.
+    """
+
+    functions: dict[str, Callable[..., list[Array]]]
+    traced: ClosedJaxpr
+    enable_x64: bool
+    matmul_precision: Any
+
+    def of(self, platform: str, *args: Array) -> list[Array]:
+        """What the function of a platform makes of the arguments."""
+        key = _key(self.functions, platform)
+        if key == _key(self.functions, default_platform()):
+            found: list[Array] = jaxpr_as_fun(self.traced)(*args)
+            return found
+        with (
+            jax.enable_x64(self.enable_x64),
+            jax.default_matmul_precision(self.matmul_precision),
+            jax.sharding.use_abstract_mesh(_NO_MESH),
+        ):
+            return self.functions[key](*args)
+
+    def of_any(self, *args: Array) -> list[Array]:
+        """The same in operations of JAX alone, all of which are traced."""
+        out: list[Array] = lax.platform_dependent(*args, **self.functions)
+        return out
+
+
+_NO_MESH = jax.sharding.AbstractMesh((), ())
+_chosen_p = Primitive("by_platform")
+_chosen_p.multiple_results = True
+
+
+def _key(functions: dict[str, Callable[..., list[Array]]], platform: str) -> str:
+    return platform if platform in functions else "default"
+
+
+def _lazily(branches: dict[str, Callable[..., Result]], args: Tree) -> Result:
+    flat, tree = jax.tree.flatten(args)
+
+    def flatly(run: Callable[..., Result]) -> Callable[..., list[Array]]:
+        return lambda *flat: jax.tree.leaves(run(*jax.tree.unflatten(tree, flat)))
+
+    functions = {name: flatly(run) for name, run in branches.items()}
+    here = branches[_key(functions, default_platform())]
+    traced, like = jax.make_jaxpr(here, return_shape=True)(*args)
+    if traced.effects or traced.consts:
+        out: Result = lax.platform_dependent(*args, **branches)
+        return out
+    config: Any = jax.config
+    settings = config.jax_enable_x64, config.jax_default_matmul_precision
+    found = _chosen_p.bind(*flat, branches=_Branches(functions, traced, *settings))
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _chosen(platform: str, *args: Array, branches: _Branches) -> list[Array]:
+    return branches.of(platform, *args)
+
+
+def _chosen_here(*args: Array, branches: _Branches) -> list[Array]:
+    return branches.of(default_platform(), *args)
+
+
+def _chosen_types(*args: Any, branches: _Branches) -> list[Any]:
+    del args
+    return branches.traced.out_avals
+
+
+def _chosen_jvp(
+    primals: Tree, tangents: Tree, branches: _Branches
+) -> tuple[Tree, Tree]:
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(branches.of_any, tuple(primals), tangents)
+
+
+def _chosen_transpose(g: Tree, *args: Tree, branches: _Branches) -> Tree:
+    is_linear = [ad.is_undefined_primal(a) for a in args]
+
+    def of(*linear: Array) -> list[Array]:
+        given = iter(linear)
+        return branches.of_any(
+            *(next(given) if x else a for x, a in zip(is_linear, args, strict=True))
+        )
+
+    like = [a.aval for a in args if ad.is_undefined_primal(a)]
+    pull = jax.linear_transpose(of, *like)
+    d = iter(pull([ad.instantiate_zeros(x) for x in g]))
+    return [next(d) if x else None for x in is_linear]
+
+
+def _chosen_batch(args: Tree, axes: Tree, branches: _Branches) -> tuple[Tree, Tree]:
+    out = jax.vmap(branches.of_any, axes)(*args)
+    return out, [0] * len(out)
+
+
+_chosen_p.def_impl(_chosen_here)
+_chosen_p.def_abstract_eval(_chosen_types)
+ad.primitive_jvps[_chosen_p] = _chosen_jvp
+ad.primitive_transposes[_chosen_p] = _chosen_transpose
+batching.primitive_batchers[_chosen_p] = _chosen_batch
+for _platform in ("cpu", "tpu"):
+    mlir.register_lowering(
+        _chosen_p,
+        mlir.lower_fun(functools.partial(_chosen, _platform)),
+        platform=_platform,
+    )
+mlir.register_lowering(_chosen_p, mlir.lower_fun(functools.partial(_chosen, "gpu")))
 
 
 def traced_once(

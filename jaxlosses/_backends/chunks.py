@@ -78,12 +78,20 @@ class Plans(NamedTuple):
         """One of them: how logits are formed, and whether on one device, is common."""
         return self.on_cpu
 
-    def run(self, function: Callable[..., Result], *args: object) -> Result:
-        """The result of `function(plan, *args)`, by the plan of the platform."""
+    def run(
+        self, function: Callable[..., Result], *args: object, lazily: bool = True
+    ) -> Result:
+        """The result of `function(plan, *args)`, by the plan of the platform.
+
+        Args:
+            function: of a plan and the arguments.
+            *args: pytrees of arrays.
+            lazily: as in `by_platform`.
+        """
         on_cpu, on_gpu, on_tpu = (functools.partial(function, plan) for plan in self)
         if self.on_cpu == self.on_gpu == self.on_tpu:
             return on_cpu(*args)
-        return by_platform(on_cpu, on_gpu, *args, on_tpu=on_tpu)
+        return by_platform(on_cpu, on_gpu, *args, on_tpu=on_tpu, lazily=lazily)
 
 
 class Cut:

@@ -72,4 +72,5 @@ def _run(
     def run(plan: Plan, operands: Operands) -> Found:
         return in_chunks(plan, loss_of, operands, wanted)
 
-    return plans.run(run, operands)
+    # A function of the caller that closes over a trace must not outlive it.
+    return plans.run(run, operands, lazily=not operands.closed)
