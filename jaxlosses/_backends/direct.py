@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxlosses._backends.blocks import Operands, each, folded, in_folds, short_rows
 from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
+from jaxlosses._math import pairs
 from jaxlosses._math.classes import (
     Inputs,
     Spec,
@@ -58,9 +59,8 @@ def partial(
 ) -> Partial:
     """What a loss on class ids needs of a block.
 
-    In the place of a rival is the logarithm of the sum of exponentials of the other
-    classes, of which the mass is one but for roundings, or what is near to it.
-    `are_safe` says whether the exponentials were fit.
+    In the place of a rival is a number near the logarithm of the sum of exponentials of
+    the other classes. `are_safe` says whether the exponentials were fit.
     """
     num_classes = signed.shape[1]
     label = gathered(inputs, signed, spec)
@@ -93,8 +93,8 @@ def partial(
         sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
     mass, *behind = sums
     if magnitude is None:
-        rival = base + jnp.log(mass)
-        part = Partial(label, rival, mass * exp(base - rival))
+        rival, mass = _near(base, mass)
+        part = Partial(label, rival, mass)
     else:
         # By a small scale the sum is a logit far from all others.
         away = (base - middle) + jnp.log(mass) / magnitude
@@ -105,6 +105,18 @@ def partial(
         return part
     slack = behind[0] / num_classes + (jnp.maximum(label, rival) - middle)
     return part._replace(slack=slack, share=jnp.ones_like(slack))
+
+
+def _near(base: Values, mass: Values) -> tuple[Values, Values]:
+    """A rival within `log(2)` of `base + log(mass)`, and the mass relative to it.
+
+    Without a logarithm: a multiple of `log(2)`, whose roundings are of the mass.
+    """
+    n, mass = pairs.exponent_of(mass)
+    high, low = pairs.constant(pairs.LOG_2, mass.dtype, jnp.finfo(mass.dtype).nmant - 7)
+    rival = base + n * high
+    lost = (n * high - (rival - base)) + n * low
+    return rival, mass * (1 + lost * (1 + lost / 2))
 
 
 def _signed(inputs: Inputs, of: slice) -> Values:

@@ -113,6 +113,14 @@ def power_of_two(n: Values | Integer[Array, "..."], dtype: DType) -> Values:
     return lax.bitcast_convert_type(bits, dtype)
 
 
+def exponent_of(a: Values) -> tuple[Values, Values]:
+    """`n` and `m` from 1 to 2 of a number `2^n m` that is positive and normal."""
+    info, kind = jnp.finfo(a.dtype), _integer(a.dtype)
+    bits = lax.bitcast_convert_type(a, kind)
+    n = (bits >> info.nmant) - (info.maxexp - 1)
+    return n.astype(a.dtype), lax.bitcast_convert_type(bits - (n << info.nmant), a.dtype)
+
+
 def series_of_exp(r: Values, first: int, last: int) -> Values:
     """The sum of `r^(k - first) / k!` from `k = first` to `last`."""
     series = jnp.full_like(r, 1 / math.factorial(last))
