@@ -118,7 +118,9 @@ def exponent_of(a: Values) -> tuple[Values, Values]:
     info, kind = jnp.finfo(a.dtype), _integer(a.dtype)
     bits = lax.bitcast_convert_type(a, kind)
     n = (bits >> info.nmant) - (info.maxexp - 1)
-    return n.astype(a.dtype), lax.bitcast_convert_type(bits - (n << info.nmant), a.dtype)
+    return n.astype(a.dtype), lax.bitcast_convert_type(
+        bits - (n << info.nmant), a.dtype
+    )
 
 
 def series_of_exp(r: Values, first: int, last: int) -> Values:
