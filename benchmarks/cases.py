@@ -13,6 +13,7 @@ VALUE_AND_GRADIENT = "value-and-gradient"
 STEP = "step"
 FUSED = "fused"
 FIRST_CALL = "first-call"
+FUSED_FIRST_CALL = "fused-first-call"
 # Ceilings of the device: nothing is compared with them in their own case.
 COPY = "copy"
 MATMUL = "matmul"
@@ -60,7 +61,8 @@ class Case:
         what: `FORWARD` returns one loss per row, `VALUE_AND_GRADIENT` is of their
             mean, `STEP` has the logits come from a matmul and updates both factors,
             `FUSED` is value and gradient of the mean by both factors, `FIRST_CALL` is
-            to trace, lower and compile `VALUE_AND_GRADIENT`.
+            to trace, lower and compile `VALUE_AND_GRADIENT`, and `FUSED_FIRST_CALL`
+            the same of `FUSED`.
         features: inner size of that matmul, so small that it does not dominate.
         workspace_bytes: what our fused loss is given, or None for its default.
         option: one of `OPTIONS`, compared with what people write by hand.
@@ -271,6 +273,8 @@ def _linear() -> Iterator[Case]:
         yield _fused("Llama-2", 1024, 32000, 512, dtype)
         yield _fused("GPT-2", 2048, 50257, 512, dtype)
         yield _fused("Llama-3", 4096, 128256, 256, dtype)
+    for shape in (("Llama-2", 1024, 32000, 512), ("", 256, 1000, 64)):
+        yield dataclasses.replace(_fused(*shape, "float32"), what=FUSED_FIRST_CALL)
     along_v = (("V", FUSED_BATCH, 2**power) for power in range(13, 18))
     along_b = (("B", 2**power, FUSED_CLASSES) for power in range(8, 13))
     for shape in (*along_v, *along_b):

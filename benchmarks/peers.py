@@ -25,6 +25,7 @@ from benchmarks.cases import (
     FIRST_CALL,
     FORWARD,
     FUSED,
+    FUSED_FIRST_CALL,
     MATMUL,
     OURS,
     STEP,
@@ -266,6 +267,7 @@ def _floor(case: Case) -> tuple[str, Callable[..., Any]]:
         VALUE_AND_GRADIENT: ("x + 1", lambda z, y: z + 1),
         STEP: ("matmuls", _step(_half_square)),
         FUSED: ("matmuls", _gradients(_half_square_mean)),
+        FUSED_FIRST_CALL: ("matmuls", _gradients(_half_square_mean)),
         FIRST_CALL: ("x + 1", lambda z, y: z + 1),
         COPY: ("x + 1", lambda z, y: z + 1),
         MATMUL: ("x @ x", lambda z, y: z @ z),
@@ -481,7 +483,7 @@ class Peers:
 
     def functions(self, case: Case) -> dict[str, Callable[..., Any]]:
         """What of each JAX library the case measures."""
-        if case.what == FUSED:
+        if case.what in (FUSED, FUSED_FIRST_CALL):
             return {
                 name: _gradients(_within(case.workspace_bytes, name, fused))
                 for name, fused in self._fused.items()
@@ -502,9 +504,10 @@ class Peers:
         if case.what == STEP:
             factors, labels = load_factors(case)
             make = functools.partial(_CompiledStep, factors=factors, labels=labels)
-        elif case.what == FUSED:
+        elif case.what in (FUSED, FUSED_FIRST_CALL):
             factors, labels = load_factors(case)
-            make = functools.partial(_Compiled, inputs=[(*factors, labels)])
+            kind = _Compiled if case.what == FUSED else _FirstCall
+            make = functools.partial(kind, inputs=[(*factors, labels)])
         elif case.what == FIRST_CALL:
             make = functools.partial(_FirstCall, inputs=_load(case))
         else:

@@ -17,6 +17,7 @@ from benchmarks.cases import (
     FUSED,
     FUSED_BATCH,
     FUSED_CLASSES,
+    FUSED_FIRST_CALL,
     FUSED_WORKSPACE,
     GROWTH_BATCH,
     GROWTH_CLASSES,
@@ -533,7 +534,22 @@ def _fused_table(result: Result) -> str:
     head = ["tokens×features×classes", "dtype", "ours, ms", "÷ three matmuls"]
     head += ["TFLOP/s of three", "error of loss / gradient"]
     head += ["ours, MiB", *(f"{_name(name)}: time ÷ ours, MiB" for name in names)]
-    return _table(head, rows)
+    first_calls = [
+        _first_call(case)
+        for case in result["cases"]
+        if case["what"] == FUSED_FIRST_CALL
+    ]
+    return "\n\n".join([_table(head, rows), *first_calls])
+
+
+def _first_call(case: Any) -> str:
+    shape = f"{case['batch']}×{case['features']}×{case['classes']}"
+    ms = _number(_median(case["entries"].get(OURS), "ms"), 3)
+    times = _number(_inverse(_beside(case["entries"], "optax")))
+    return (
+        f"A first call of {shape} (to trace, lower and compile): {ms} ms, "
+        f"{times} times Optax's."
+    )
 
 
 # Accuracy.
@@ -602,8 +618,8 @@ def _options_table(result: Result) -> str:
         row.setdefault(shape, {})[case["what"]] = case["entries"]
     shapes = list(dict.fromkeys(shape for row in found.values() for shape in row))
     kinds: list[tuple[str, Callable[[Any], list[float | None]]]] = [
-        ("time", lambda of: [_by_hand(of, what) for what in _LOSSES]),
-        ("first call", lambda of: [_by_hand(of, FIRST_CALL, inverse=True)]),
+        ("time", lambda of: [_beside(of.get(what), "by hand") for what in _LOSSES]),
+        ("first call", lambda of: [_inverse(_beside(of.get(FIRST_CALL), "by hand"))]),
     ]
     rows = []
     collected: list[list[list[float | None]]] = []
@@ -635,9 +651,13 @@ def _options_table(result: Result) -> str:
     return f"{legend}\n\n{_table(head, rows)}"
 
 
-def _by_hand(of: Any, what: str, *, inverse: bool = False) -> float | None:
-    ratio = _median(of.get(what, {}).get("by hand"), "ratio_to_ours")
-    return 1 / ratio if ratio and inverse else ratio
+def _beside(entries: Any, name: str) -> float | None:
+    """The time of another, divided by ours."""
+    return _median((entries or {}).get(name), "ratio_to_ours")
+
+
+def _inverse(ratio: float | None) -> float | None:
+    return 1 / ratio if ratio else ratio
 
 
 # What a long run may rely on.
