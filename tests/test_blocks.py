@@ -89,7 +89,7 @@ def test_confident_rows_of_many_classes_are_exact(dtype: Any) -> None:
         np.testing.assert_allclose(got.nll[:, 0], want, rtol=4e-6)
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize(
     ("num_classes", "dtype"),
     [
@@ -308,7 +308,7 @@ def test_one_row_that_is_not_safe_spoils_none(num_classes: int, outlier: float) 
         )
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(40, 100), (90, 1000), (90, 1024), (5, 12)])

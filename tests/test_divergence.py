@@ -146,7 +146,7 @@ def test_every_digit_is_right_at_any_distance(
             check("logits", student, teacher, **options)
 
 
-@pytest.mark.alternate(2)
+@pytest.mark.alternate(3)
 @by_direction
 @pytest.mark.parametrize(
     "options",

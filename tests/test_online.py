@@ -38,7 +38,7 @@ def test_every_digit_of_a_confident_example_is_right(
     assert_loss(value, oracle.loss(logits, ids), "float32")
 
 
-@pytest.mark.alternate(3)
+@pytest.mark.alternate(6)
 @pytest.mark.parametrize(("classes", "slices"), SIZES)
 @pytest.mark.parametrize("margin", [0.0, 1.0, 20.0, 80.0])
 @pytest.mark.parametrize("ahead", [True, False, None])

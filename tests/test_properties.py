@@ -433,6 +433,7 @@ def test_a_label_that_is_masked_weighs_what_its_class_weighs(name: str) -> None:
     np.testing.assert_allclose(gradients["logits"][:2, 0], [-0.3, 0.1], rtol=1e-6)
 
 
+@pytest.mark.alternate(2)
 @pytest.mark.parametrize("name", TAKE_IDS)
 def test_the_surprise_of_a_certain_class_that_is_no_label(name: str) -> None:
     """The gradient by its weight, 2e-9, was wrong by half of it."""
