@@ -89,7 +89,7 @@ class _Branches:
     Attributes:
         functions: of each platform, and the default.
         traced: of the platform of this host.
-        context: settings of the trace on which another depends.
+        enable_x64, matmul_precision: settings of this trace, for a later one.
     """
 
     functions: dict[str, Callable[..., list[Array]]]
@@ -134,13 +134,21 @@ def _lazily(branches: dict[str, Callable[..., Result]], args: Tree) -> Result:
     functions = {name: flatly(run) for name, run in branches.items()}
     here = branches[_key(functions, default_platform())]
     traced, like = jax.make_jaxpr(here, return_shape=True)(*args)
+    found = _bound(functions, traced, flat)
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _bound(
+    functions: dict[str, Callable[..., list[Array]]],
+    traced: ClosedJaxpr,
+    args: list[Array],
+) -> list[Array]:
     if traced.effects or traced.consts:
-        out: Result = lax.platform_dependent(*args, **branches)
+        out: list[Array] = lax.platform_dependent(*args, **functions)
         return out
     config: Any = jax.config
     settings = config.jax_enable_x64, config.jax_default_matmul_precision
-    found = _chosen_p.bind(*flat, branches=_Branches(functions, traced, *settings))
-    return jax.tree.unflatten(jax.tree.structure(like), found)
+    return _chosen_p.bind(*args, branches=_Branches(functions, traced, *settings))
 
 
 def _chosen(platform: str, *args: Array, branches: _Branches) -> list[Array]:
@@ -179,7 +187,11 @@ def _chosen_transpose(g: Tree, *args: Tree, branches: _Branches) -> Tree:
 
 
 def _chosen_batch(args: Tree, axes: Tree, branches: _Branches) -> tuple[Tree, Tree]:
-    out = jax.vmap(branches.of_any, axes)(*args)
+    functions = {
+        name: jax.vmap(run, tuple(axes)) for name, run in branches.functions.items()
+    }
+    here = jax.vmap(jaxpr_as_fun(branches.traced), tuple(axes))
+    out = _bound(functions, jax.make_jaxpr(here)(*args), list(args))
     return out, [0] * len(out)
 
 
