@@ -1154,14 +1154,17 @@ def planned(
 def test_chunks_are_equal_where_an_accelerator_would_pad_them() -> None:
     size, logits = (512, 8, 1024), 4 * 512 * 1024
     tokens = functools.partial(planned, strategy="tokens")
-    # With what else a chunk needs, 20 / 3 of the workspace.
-    assert tokens(size, logits // 5, platform="cpu").chunks == 7
-    assert tokens(size, logits // 5, platform="gpu").chunks == 8
+    # With what else a chunk needs, 40 / 9 of the workspace.
+    workspace = 3 * logits // 10
+    assert tokens(size, workspace, platform="cpu").chunks == 5
+    assert tokens(size, workspace, platform="gpu").chunks == 8
     # Padding would copy distributions.
     on_cpu = {"platform": "cpu", "distributions": True}
-    assert tokens(size, logits // 5, **on_cpu).chunks == 8
+    assert tokens(size, workspace, **on_cpu).chunks == 8
+    # On a CPU a third more are not too many: 20 / 3 of the workspace.
+    assert tokens(size, logits // 5, platform="cpu").chunks == 8
     # A prime number of examples has no equal chunks.
-    assert tokens((509, 8, 1024), logits // 5, platform="tpu").chunks == 7
+    assert tokens((509, 8, 1024), workspace, platform="tpu").chunks == 5
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -1298,7 +1301,7 @@ def test_slices_of_bfloat16_arrays_are_integers_on_a_cpu_alone(platform: str) ->
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_program_has_the_chunks_of_the_platform_that_it_is_for(platform: str) -> None:
-    size, workspace = (512, 8, 1024), 4 * 512 * 1024 // 5
+    size, workspace = (512, 8, 1024), 3 * 4 * 512 * 1024 // 10
     static = {"strategy": "tokens", "workspace_bytes": workspace}
 
     def loss(hidden: Any, kernel: Any, labels: Any) -> jax.Array:
@@ -1310,10 +1313,10 @@ def test_a_program_has_the_chunks_of_the_platform_that_it_is_for(platform: str) 
     traced = jax.jit(on_one_device(jax.grad(loss, (0, 1)))).trace(*arrays)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     found = planned(size, workspace, strategy="tokens", platform=platform)
-    assert found.chunks == (7 if platform == "cpu" else 8)
+    assert found.chunks == (5 if platform == "cpu" else 8)
     cut = f"tensor<{found.chunks}x{found.chunk_shape[0]}x{d}xf32>"
     assert cut in text
-    other = "tensor<8x64x8xf32>" if platform == "cpu" else "tensor<7x74x8xf32>"
+    other = "tensor<8x64x8xf32>" if platform == "cpu" else "tensor<5x103x8xf32>"
     assert other not in text
 
 

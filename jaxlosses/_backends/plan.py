@@ -238,10 +238,12 @@ def _by_examples(
         if left > 0:
             chunks = sizes.examples * sizes.classes * sizes.entry_on(platform)
             number = max(number, _number(size, chunks, left))
-    if (dense or not (local and on_cpu)) and are_numbers(size):
+    if are_numbers(size):
         # Equal chunks need no padding, whose entries would move between devices, and
         # which would copy distributions; and a matmul of whole tiles pads no operand.
-        equal = range(number, min(2 * number, size) + 1)
+        # Elsewhere it is a mask, and programs of more operations.
+        most = 2 * number if dense or not (local and on_cpu) else 4 * number // 3
+        equal = range(number, min(most, size) + 1)
         number = next((n for n in equal if size % n == 0), number)
     pieces = 1
     if local and on_cpu and known:
