@@ -126,6 +126,7 @@ def _key(functions: dict[str, Callable[..., list[Array]]], platform: str) -> str
 
 
 def _lazily(branches: dict[str, Callable[..., Result]], args: Tree) -> Result:
+    """The choice by an operation of ours; this host's function is traced."""
     flat, tree = jax.tree.flatten(args)
 
     def flatly(run: Callable[..., Result]) -> Callable[..., list[Array]]:
@@ -143,6 +144,7 @@ def _bound(
     traced: ClosedJaxpr,
     args: list[Array],
 ) -> list[Array]:
+    """The operation, or JAX's choice for a trace with effects or constants."""
     if traced.effects or traced.consts:
         out: list[Array] = lax.platform_dependent(*args, **functions)
         return out
