@@ -87,28 +87,24 @@ class _Branches:
     (benchmarks/NOTES.md, "Other platforms when they are asked for").
 
     Attributes:
-        functions: of each platform, and the default.
-        traced: of the platform of this host.
+        functions: of each platform, and the default; of this host, by its trace.
+        types: of what they make.
         enable_x64, matmul_precision: settings of this trace, for a later one.
     """
 
     functions: dict[str, Callable[..., list[Array]]]
-    traced: ClosedJaxpr
+    types: list[Any]
     enable_x64: bool
     matmul_precision: Any
 
     def of(self, platform: str, *args: Array) -> list[Array]:
         """What the function of a platform makes of the arguments."""
-        key = _key(self.functions, platform)
-        if key == _key(self.functions, default_platform()):
-            found: list[Array] = jaxpr_as_fun(self.traced)(*args)
-            return found
         with (
             jax.enable_x64(self.enable_x64),
             jax.default_matmul_precision(self.matmul_precision),
             jax.sharding.use_abstract_mesh(_NO_MESH),
         ):
-            return self.functions[key](*args)
+            return self.functions[_key(self.functions, platform)](*args)
 
     def of_any(self, *args: Array) -> list[Array]:
         """The same in operations of JAX alone, all of which are traced."""
@@ -121,7 +117,7 @@ _chosen_p = Primitive("by_platform")
 _chosen_p.multiple_results = True
 
 
-def _key(functions: dict[str, Callable[..., list[Array]]], platform: str) -> str:
+def _key(functions: dict[str, Any], platform: str) -> str:
     return platform if platform in functions else "default"
 
 
@@ -133,8 +129,9 @@ def _lazily(branches: dict[str, Callable[..., Result]], args: Tree) -> Result:
         return lambda *flat: jax.tree.leaves(run(*jax.tree.unflatten(tree, flat)))
 
     functions = {name: flatly(run) for name, run in branches.items()}
-    here = branches[_key(functions, default_platform())]
-    traced, like = jax.make_jaxpr(here, return_shape=True)(*args)
+    here = _key(branches, default_platform())
+    traced, like = jax.make_jaxpr(branches[here], return_shape=True)(*args)
+    functions[here] = jaxpr_as_fun(traced)
     found = _bound(functions, traced, flat)
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
@@ -150,20 +147,18 @@ def _bound(
         return out
     config: Any = jax.config
     settings = config.jax_enable_x64, config.jax_default_matmul_precision
-    return _chosen_p.bind(*args, branches=_Branches(functions, traced, *settings))
+    return _chosen_p.bind(
+        *args, branches=_Branches(functions, traced.out_avals, *settings)
+    )
 
 
 def _chosen(platform: str, *args: Array, branches: _Branches) -> list[Array]:
     return branches.of(platform, *args)
 
 
-def _chosen_here(*args: Array, branches: _Branches) -> list[Array]:
-    return branches.of(default_platform(), *args)
-
-
 def _chosen_types(*args: Any, branches: _Branches) -> list[Any]:
     del args
-    return branches.traced.out_avals
+    return branches.types
 
 
 def _chosen_jvp(
@@ -192,12 +187,14 @@ def _chosen_batch(args: Tree, axes: Tree, branches: _Branches) -> tuple[Tree, Tr
     functions = {
         name: jax.vmap(run, tuple(axes)) for name, run in branches.functions.items()
     }
-    here = jax.vmap(jaxpr_as_fun(branches.traced), tuple(axes))
-    out = _bound(functions, jax.make_jaxpr(here)(*args), list(args))
+    here = _key(functions, default_platform())
+    traced = jax.make_jaxpr(functions[here])(*args)
+    functions[here] = jaxpr_as_fun(traced)
+    out = _bound(functions, traced, list(args))
     return out, [0] * len(out)
 
 
-_chosen_p.def_impl(_chosen_here)
+_chosen_p.def_impl(lambda *args, branches: branches.of(default_platform(), *args))
 _chosen_p.def_abstract_eval(_chosen_types)
 ad.primitive_jvps[_chosen_p] = _chosen_jvp
 ad.primitive_transposes[_chosen_p] = _chosen_transpose
