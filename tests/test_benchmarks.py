@@ -1,5 +1,6 @@
 """The benchmark suite runs from end to end, in its smallest size."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import hlo, report
+from benchmarks import cases, hlo, report
 
 # The suite runs once, for all tests.
 pytestmark = pytest.mark.together
@@ -249,6 +250,20 @@ def test_report_renders_what_compilers_made(tmp_path: pathlib.Path) -> None:
         assert rows
         # Nothing was timed, so no time is shown.
         assert all("| compiled for " in row and "| - | - |" in row for row in rows)
+
+
+def test_first_calls_of_fused_losses_are_rendered() -> None:
+    what = cases.FUSED_FIRST_CALL
+    (first, _) = [c for c in cases.PRESETS["linear"].cases if c.what == what]
+    entries = {
+        "jaxlosses": {"ms": [29.0, 30.0, 31.0], "ratio_to_ours": [1.0, 1.0, 1.0]},
+        "optax": {"ms": [9.0, 10.0, 11.0], "ratio_to_ours": [0.2, 0.25, 0.3]},
+    }
+    case = dataclasses.asdict(first) | {"entries": entries}
+    text = report._fused_table({"cases": [case]})
+    shape = "1024×512×32000"
+    assert f"A first call of {shape} (to trace, lower and compile): 30.0 ms" in text
+    assert "4.0 times Optax's" in text
 
 
 def test_the_short_table_shows_the_newest_jax_alone() -> None:
