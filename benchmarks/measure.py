@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.cases import FORWARD, FUSED, OURS, Case, groups
 from benchmarks.peers import Contestant, PeerError, first_line, load_factors
 
-_MIN_TURNS, _MAX_TURNS = 3, 20
+_MIN_TURNS, _MAX_TURNS = 2, 20
 _SAMPLES_PER_TURN = 4
 # Between two calls: threads look for more work, and temporary memory is given back
 # after the result is there, 1.3 GB of it in somewhat less than a tenth of a second.
