@@ -17,9 +17,10 @@ from tolerances import assert_gradient, assert_loss
 
 import jaxlosses as jl
 from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
-from jaxlosses._backends import blocks, choose, cpu, direct, folds
+from jaxlosses._backends import blocks, choose, cpu, direct
 from jaxlosses._math import statistics
 from jaxlosses._math.classes import Inputs, Spec
+from jaxlosses._math.tails import Tail
 
 CLASSES = 13
 
@@ -68,7 +69,6 @@ def test_blocks_give_the_statistics_of_the_whole(
     spec = Spec((len(batch),), False, 5.0, smooth, True, True, True)
     whole = jax.jit(lambda x: statistics.evaluate(spec, x))(inputs)
     assert (whole.smooth is None) == (not smooth)
-    monkeypatch.setattr(folds, "FEWEST", 1)
     for longest in (CLASSES, 5, 7):
         monkeypatch.setattr(blocks, "LONGEST_ROW", longest)
         blocked = jax.jit(lambda x: cpu.evaluate(spec, x, rows=rows))(inputs)
@@ -306,6 +306,83 @@ def test_one_row_that_is_not_safe_spoils_none(num_classes: int, outlier: float) 
         np.testing.assert_allclose(
             got.nll[:, 0], np.where(counted[:, 0], want, 0), rtol=1e-6
         )
+
+
+@functools.cache
+def tail_directly() -> Callable[..., Tail]:
+    spec = Spec((1,), True, entropy=True)
+
+    def run(signed: jax.Array, magnitude: jax.Array | None) -> Tail:
+        return direct.tail(spec, Inputs(signed, None), signed, magnitude)
+
+    return jax.jit(run)
+
+
+@pytest.mark.alternate(3)
+@pytest.mark.parametrize(
+    ("scale", "level", "ahead"),
+    [
+        *((None, 0.0, ahead) for ahead in (0.0, 12.0, 20.0, 54.0)),
+        *((None, -40.0, ahead) for ahead in (0.0, 79.0)),
+        *((None, 30.0, ahead) for ahead in (12.0, 20.0)),
+        # Beyond 60 nats exponentials are relative to the largest logit.
+        *((None, level, ahead) for level in (-200.0, 200.0, 1e4) for ahead in (0, 15)),
+        *((0.7, level, ahead) for level in (-15.0, 0.0, 40.0) for ahead in (0, 15)),
+        *((300.0, level, ahead) for level in (0.0, -500.0) for ahead in (0, 15)),
+    ],
+)
+@pytest.mark.parametrize("num_classes", [1024, 1000, 1021])
+def test_tails_by_exponentials_as_they_are_cost_no_digits(
+    num_classes: int, scale: float | None, level: float, ahead: float
+) -> None:
+    """With the peak in every place."""
+    rng = np.random.default_rng(0)
+    scaled = rng.normal(size=(66, num_classes)) + level
+    rows = np.arange(66)
+    ids = np.append(np.arange(64) * num_classes // 64, [0, num_classes - 1])
+    scaled[rows, ids] = -np.inf
+    scaled[rows, ids] = scaled.max(axis=-1) + ahead
+    scaled[:, 7] = scaled[:, 700]  # maybe a tie
+    scaled[:, 11] = -np.inf
+    factor = np.float32(1 if scale is None else scale)
+    logits = (scaled / factor).astype(np.float32)
+    magnitude = None if scale is None else jnp.float32(scale)
+    tail = tail_directly()(jnp.asarray(logits), magnitude)
+    exact = factor * logits.astype(np.float64)
+    np.testing.assert_array_equal(tail.peak[:, 0], logits.max(axis=-1))
+    gap = np.delete(np.sort(exact.max(axis=-1, keepdims=True) - exact), 0, axis=-1)
+    rtol = 1e-6 if scale is None else 2e-6
+    excess = np.exp(-gap)
+    depth = excess * np.where(excess == 0, 0, gap)
+    np.testing.assert_allclose(tail.excess[:, 0], excess.sum(-1), rtol=rtol)
+    np.testing.assert_allclose(tail.depth[:, 0], depth.sum(-1), rtol=rtol)
+
+
+def test_tails_that_exponentials_as_they_are_cannot_serve_are_told() -> None:
+    """A block of them is read again, and its other rows keep what they are."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(9, 1024)).astype(np.float32)
+    logits[0, 500] = 90
+    logits[1, 500] = 3e38
+    logits[2, 500] = np.nan
+    logits[3, 5] = np.inf
+    logits[4] -= 100
+    logits[4, 700] = 0
+    logits[5] = -np.inf
+    # What they can: classes that are not there, and all alike.
+    logits[6, 200:] = -np.inf
+    logits[7] = 0
+    bad = np.arange(9) < 6
+    spec = Spec((1,), True, entropy=True)
+    for scale in (None, jnp.float32(0.5)):
+        z = jnp.asarray(logits if scale is None else logits / scale)
+        tail = tail_directly()(z, scale)
+        np.testing.assert_array_equal(np.isnan(tail.excess[:, 0]), bad)
+        inputs = Inputs(z, jax.nn.softmax(z), scale=scale)
+        whole = jax.jit(lambda x: statistics.evaluate(spec, x))(inputs)
+        found = jax.jit(lambda x: cpu.evaluate(spec, x, rows=4))(inputs)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.alternate(6)

@@ -31,7 +31,7 @@ _MOST_PARTS = 64
 # So many entries become one before any is written: what one core has written is slow to
 # read for another. A loop over more would not be unrolled (NOTES.md, "Eight of them
 # added up").
-_LARGEST_FOLD = 8
+LARGEST_FOLD = 8
 # float32 numbers of a vector of XLA:CPU.
 _LANES = 8
 
@@ -72,30 +72,31 @@ def by_rows(
     return joined
 
 
-def in_folds(num_classes: int) -> int:
+def in_folds(num_classes: int, most: int = LARGEST_FOLD) -> int:
     """How many entries of a row are in whole folds; the others are left over."""
-    return math.prod(_cut_in_folds(num_classes))
+    return math.prod(_cut_in_folds(num_classes, most))
 
 
 def folded(
     entries: Operands,
     both: Callable[[Operands, Operands], Operands],
     nothing: tuple[float, ...],
+    most: int = LARGEST_FOLD,
 ) -> Operands:
-    """Rows of whole folds, of which each has become one entry per lane."""
+    """Rows of whole folds of so many, of which each has become one entry per lane."""
     # There may be no row at all.
     num_rows, num_classes = entries[0].shape
-    number, fold, lanes = _cut_in_folds(num_classes)
+    number, fold, lanes = _cut_in_folds(num_classes, most)
     cut = tuple(a.reshape(num_rows, number, fold, lanes) for a in entries)
     start = tuple(jnp.asarray(x, a.dtype) for x, a in zip(nothing, cut, strict=True))
     found = in_memory(lax.reduce(cut, start, both, (2,)))
     return tuple(a.reshape(num_rows, number * lanes) for a in found)
 
 
-def _cut_in_folds(num_classes: int) -> tuple[int, int, int]:
-    folds = range(_LARGEST_FOLD, _LARGEST_FOLD // 2 - 1, -1)
+def _cut_in_folds(num_classes: int, most: int) -> tuple[int, int, int]:
+    folds = range(most, most // 2 - 1, -1)
     even = (n for n in folds if num_classes % (n * _LANES) == 0)
-    fold = next(even, _LARGEST_FOLD)
+    fold = next(even, most)
     return num_classes // (fold * _LANES), fold, _LANES
 
 

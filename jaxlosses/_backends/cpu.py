@@ -18,7 +18,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from jaxlosses._backends import direct, folds, once
+from jaxlosses._backends import direct, once
 from jaxlosses._backends.blocks import by_rows, each, rows_of_block, short_rows
 from jaxlosses._backends.once import gathered, in_rows, labels_that_exist
 from jaxlosses._math import statistics, tails
@@ -27,8 +27,10 @@ from jaxlosses._math.classes import (
     Spec,
     Values,
     count_of,
+    expected,
     is_label,
     largest,
+    targets_of,
     total,
 )
 from jaxlosses._math.divergence import evaluate as evaluate_divergence
@@ -79,12 +81,8 @@ def evaluate(
         part = statistics.partial(one_axis, inputs, None, once.ONCE)
         out = statistics.finish(one_axis, part, inputs)
     elif spec.dense or uneven:
-        out = by_rows(
-            lambda block: statistics.evaluate(one_axis, block(), BLOCK),
-            inputs,
-            num_rows,
-            rows,
-        )
+        of_block = functools.partial(_evaluate, one_axis)
+        out = by_rows(of_block, inputs, num_rows, rows)
     else:
         read = _read_directly if directly else _read
         if directly:
@@ -133,13 +131,56 @@ def _of_few(spec: Spec, inputs: Inputs) -> Statistics:
     return out._replace(peak=peak)
 
 
+def _evaluate(spec: Spec, block: Callable[[], Inputs]) -> Statistics:
+    """All that is asked about each row of a block."""
+    return statistics.evaluate(spec, block(), _in_cache(block))
+
+
+def _in_cache(block: Callable[[], Inputs]) -> Reading:
+    """`BLOCK`, with a tail by exponentials as they are where that is possible."""
+    return BLOCK._replace(tail=functools.partial(_tail_directly, block))
+
+
+def _tail_directly(
+    block: Callable[[], Inputs],
+    spec: Spec,
+    inputs: Inputs,
+    signed: Values,
+    magnitude: Values | None,
+) -> Tail:
+    num_classes = signed.shape[1]
+    if spec.softcap is not None or num_classes < direct.fewest(num_classes):
+        return _tail_in_cache(spec, inputs, signed, magnitude)
+    tail = direct.tail(spec, inputs, signed, magnitude)
+
+    def again() -> Tail:
+        # Cut out anew: as an operand of both branches a block would be copied.
+        inputs = block()
+        signed, magnitude = signed_of(inputs)
+        found = _tail_in_cache(spec, inputs, signed, magnitude)
+        if tail.share is None:
+            return found
+        behind = -scaled(gap_of(spec, signed, found.peak), magnitude)
+        slack = expected(spec, targets_of(inputs, signed.dtype), behind)
+        return found._replace(slack=slack, share=tail.share)
+
+    fit = direct.hold(tail.excess >= 0, tail.excess < jnp.inf)
+    out: Tail = lax.cond(fit, lambda: tail, again)
+    return out
+
+
 def _read(
     spec: Spec, block: Callable[[], Inputs], label: Values | None = None
 ) -> Partial:
-    """What a loss on class ids needs of each row of a block; its label may be known."""
-    inputs, reading = block(), BLOCK
-    if label is not None:
-        reading = reading._replace(partial=functools.partial(_beside, label))
+    """What a loss on class ids needs of each row of a block.
+
+    Its label is known where exponentials as they are were not fit.
+    """
+    inputs = block()
+    if label is None:
+        reading = _in_cache(block)
+    else:
+        reading = BLOCK._replace(partial=functools.partial(_beside, label))
     return _with_slack(spec, inputs, statistics.partial(spec, inputs, None, reading))
 
 
@@ -255,13 +296,13 @@ def _beside(
     return Partial(label, rival, mass)
 
 
-def _tail_in_cache(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
+def _tail_in_cache(
+    spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None
+) -> Tail:
     """The tail of a block, by reductions that are fast on XLA:CPU."""
-    if signed.shape[1] >= folds.FEWEST:
-        return folds.read(spec, signed, magnitude)
     if spec.entropy:
-        return statistics.PLAIN.tail(spec, signed, magnitude)
-    return tails.read(spec, signed, magnitude, _rivals_in_cache)
+        return statistics.PLAIN.tail(spec, inputs, signed, magnitude)
+    return tails.read(spec, inputs, signed, magnitude, _rivals_in_cache)
 
 
 def _rivals_in_cache(
@@ -293,4 +334,4 @@ def _peak_and_spread(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
 
 
 BLOCK = Reading(_partial_of_block, _tail_in_cache)
-DIRECT = Reading(direct.partial, _tail_in_cache)
+DIRECT = Reading(direct.partial, direct.tail)

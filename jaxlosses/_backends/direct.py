@@ -5,24 +5,30 @@ where all underflow. Few logits are so large or so small that it is needed for t
 sum shows whether they were (benchmarks/NOTES.md, "Exponentials as they are").
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from jaxlosses._backends import folds
 from jaxlosses._backends.blocks import Operands, each, folded, in_folds, short_rows
 from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math import pairs
 from jaxlosses._math.classes import (
     Inputs,
+    Mask,
     Spec,
     Values,
     accumulation_dtype,
     ids_of_classes,
+    targets_of,
     total,
 )
 from jaxlosses._math.statistics import Partial
+from jaxlosses._math.tails import Tail
 from jaxlosses._math.transform import (
     exp_of_sum,
     lead_of,
@@ -43,6 +49,9 @@ _LARGEST_LEVEL = (69, 24)
 # Of how far a label is ahead of such a sum: more would underflow; and likewise, where
 # there are no terms that are larger.
 _LARGEST_LEAD = (80, 8)
+
+# Entries of a fold of which two sums are taken, and more: XLA:CPU unrolls no more.
+_FOLD_OF_TWO, _FOLD_OF_MORE = 8, 5
 
 # From its label, before a scale: a rounding of more would be felt by the scale's slope.
 _FURTHEST = 32
@@ -107,6 +116,47 @@ def partial(
     return part._replace(slack=slack, share=jnp.ones_like(slack))
 
 
+def tail(spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None) -> Tail:
+    """What is below the largest of all classes; NaN where exponentials were not fit.
+
+    Without a search for the second largest, to which they would be relative, and with
+    what targets need.
+    """
+    peak = folds.largest(signed)
+    plain, rounded = _LARGEST_LEVEL
+    most = _LARGEST_LABEL if magnitude is None else rounded
+    base = in_memory(_base_of(peak, magnitude, most))
+    highest = jnp.finfo(signed.dtype).max
+
+    def terms(a: Values, *targets: Values) -> Operands:
+        top = a == peak
+        others = jnp.where(top, -jnp.inf, a)
+        mass = exp(scaled(others - base, magnitude))
+        found: Operands = mass, top.astype(a.dtype)
+        if spec.entropy:
+            # Of no mass the depth is finite, or their product would be NaN.
+            behind = jnp.minimum(scaled(peak - others, magnitude), highest)
+            found = *found, mass * behind
+        for t in targets:
+            slack = jnp.where(t == 0, 0, t * scaled(peak - a, magnitude))
+            found = *found, t, slack
+        return found
+
+    has_targets = spec.dense and inputs.labels is not None
+    targets = (targets_of(inputs, signed.dtype),) if has_targets else ()
+    fold = _FOLD_OF_TWO if len(targets) + spec.entropy == 0 else _FOLD_OF_MORE
+    parts = folds.in_parts(signed, *targets, most=fold)
+    mass, ties, *others = folds.sums([terms(*part) for part in parts], fold)
+    furthest = plain if magnitude is None else rounded
+    fewest = jnp.where(base == 0, math.exp(-furthest), math.exp(-rounded))
+    fit = (mass > fewest) | ((mass >= 0) & (ties > 1))
+    ratio = exp(scaled(base - peak, magnitude))
+    ratio = jnp.where(fit & jnp.isfinite(peak), ratio, jnp.nan)
+    depth = others.pop(0) * ratio if spec.entropy else None
+    share, slack = others if targets else (None, None)
+    return Tail(peak, (ties - 1) + mass * ratio, depth, slack, share)
+
+
 def _near(base: Values, mass: Values) -> tuple[Values, Values]:
     """A rival within `log(2)` of `base + log(mass)`, and the mass relative to it.
 
@@ -125,17 +175,18 @@ def _signed(inputs: Inputs, of: slice) -> Values:
     return with_sign(logits.astype(accumulation_dtype(logits.dtype)), inputs.scale)[0]
 
 
-def _base_of(label: Values, magnitude: Values | None) -> Values:
-    """What exponentials are relative to."""
-    far = (scaled(jnp.abs(label), magnitude) > _LARGEST_LABEL) & jnp.isfinite(label)
-    return jnp.where(far, label, 0)
+def _base_of(
+    logit: Values, magnitude: Values | None, most: int = _LARGEST_LABEL
+) -> Values:
+    """What exponentials are relative to: a logit, if it is so large, or zero."""
+    far = (scaled(jnp.abs(logit), magnitude) > most) & jnp.isfinite(logit)
+    return jnp.where(far, logit, 0)
 
 
 def are_safe(part: Partial, inputs: Inputs) -> Array:
     """Whether no exponential overflowed, and none that counts underflowed, in any row.
 
-    NaN is not safe. Two numbers at once, since XLA:CPU would cut a reduction of one in
-    pieces, each of which is compiled.
+    NaN is not safe.
     """
     counted, scale = inputs.counted, inputs.scale
     magnitude = None if scale is None else magnitude_of(scale)
@@ -151,9 +202,20 @@ def are_safe(part: Partial, inputs: Inputs) -> Array:
     near, ahead = jnp.abs(level) < most, lead < furthest
     if counted is not None:
         near, ahead = near | ~counted, ahead | ~counted
+    if part.tail is not None:
+        near &= part.tail.excess >= 0
+    return hold(near, ahead)
+
+
+def hold(first: Mask, second: Mask) -> Array:
+    """Whether two masks hold everywhere.
+
+    Two at once, since XLA:CPU would cut a reduction of one in pieces, each of which is
+    compiled.
+    """
 
     def both(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         return a[0] & b[0], a[1] & b[1]
 
-    near, ahead = lax.reduce((near, ahead), (np.True_, np.True_), both, (0, 1))
-    return near & ahead
+    a, b = lax.reduce((first, second), (np.True_, np.True_), both, (0, 1))
+    return a & b

@@ -1,96 +1,55 @@
-"""The tail of rows in cache, on a CPU: some entries are one before any is written.
+"""The largest entry of rows in cache, and sums of several terms, on a CPU.
 
 XLA:CPU unrolls a reduction over a short axis, of several numbers at once, and makes
-vectors of the axis behind it (benchmarks/NOTES.md, "An entropy in two folds").
+vectors of the axis behind it (benchmarks/NOTES.md, "What is below the peak, by
+exponentials as they are").
 """
 
 import functools
-from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
-from jaxlosses._backends.blocks import Operands, folded, in_folds
-from jaxlosses._elementary import exp
-from jaxlosses._math import tails
-from jaxlosses._math.classes import Spec, Values
-from jaxlosses._math.tails import Tail
-from jaxlosses._math.transform import gap_of, scaled
+from jaxlosses._backends.blocks import LARGEST_FOLD, Operands, folded, in_folds
+from jaxlosses._math.classes import Values
 from jaxlosses._platform import in_memory
 
-# Shorter rows have too few of them.
-FEWEST = 512
+
+def in_parts(*arrays: Values, most: int) -> list[Operands]:
+    """Rows of some arrays: what is in whole folds, and what is left over, if anything.
+
+    Args:
+        *arrays: of one number of classes.
+        most: entries of a fold.
+    """
+    num_classes = arrays[0].shape[1]
+    size = in_folds(num_classes, most)
+    cuts = [slice(size), slice(size, None)] if size < num_classes else [slice(size)]
+    return [tuple(a[:, cut] for a in arrays) for cut in cuts]
 
 
-def read(spec: Spec, signed: Values, magnitude: Values | None) -> Tail:
-    """As `tails.read`, of a block of rows."""
-    # A conversion from 16 bits alone would be made anew in each loop, one by one, and
-    # so would a slice; with a choice they are written.
-    whole, left = jnp.split(signed, [in_folds(signed.shape[1])], 1)
-    rows = [in_memory(jnp.where(jnp.isnan(a), jnp.nan, a)) for a in (whole, left)]
-    rows = rows if left.shape[1] else rows[:1]
-    peak, rival = _two_largest(rows)
-    # Without any, -inf - (-inf) would be NaN.
-    base = in_memory(jnp.where(rival == -jnp.inf, 0, rival))
+def largest(a: Values) -> Values:
+    """The largest entry of each row; not of a NaN."""
 
-    def terms(a: Values) -> Operands:
-        top = a == peak
-        gap = gap_of(spec, jnp.where(top, -jnp.inf, a), base, of_sum=True)
-        if spec.softcap is not None:
-            gap = in_memory(gap)
-        gap = scaled(gap, magnitude)
-        mass, ties = exp(gap), jnp.where(top, 1, 0).astype(gap.dtype)
-        if not spec.entropy:
-            return mass, ties
-        # Of no mass the depth is finite, or their product would be NaN.
-        return mass, ties, mass * -jnp.maximum(gap, jnp.finfo(gap.dtype).min)
+    def larger(a: Operands, b: Operands) -> Operands:
+        # Not the maximum of JAX, which is slow here since it keeps a NaN.
+        return (lax.select(a[0] > b[0], a[0], b[0]),)
+
+    whole, *left = in_parts(a, most=LARGEST_FOLD)
+    found = [folded(whole, larger, (-jnp.inf,), LARGEST_FOLD), *left]
+    tops = [jnp.max(a, 1, keepdims=True, initial=-jnp.inf) for (a,) in found]
+    return in_memory(functools.reduce(jnp.maximum, tops))
+
+
+def sums(terms: list[Operands], most: int) -> Operands:
+    """The sums along rows of some terms, in parts."""
 
     def add(a: Operands, b: Operands) -> Operands:
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    def sums(a: Operands) -> Operands:
+    def of_part(a: Operands) -> Operands:
         return tuple(jnp.sum(x, 1, keepdims=True) for x in a)
 
-    zeros = (0.0,) * (3 if spec.entropy else 2)
-    parts = map(sums, _folded(rows, terms, add, zeros))
-    mass, ties, *depth = functools.reduce(add, parts)
-    rivals = rival, mass, depth[0] if depth else None
-    return tails.above(spec, peak, ties, rivals, magnitude)
-
-
-def _two_largest(rows: list[Values]) -> tuple[Values, Values]:
-    """The two largest entries; a NaN, which is neither, is in the sums."""
-
-    def terms(a: Values) -> Operands:
-        return a, jnp.full_like(a, -jnp.inf)
-
-    def larger(a: Array, b: Array) -> Array:
-        return lax.select(a > b, a, b)
-
-    def both(a: Operands, b: Operands) -> Operands:
-        # Not the maximum of JAX, which is slow here since it keeps a NaN.
-        behind = lax.select(a[0] > b[0], b[0], a[0])
-        return larger(a[0], b[0]), larger(behind, larger(a[1], b[1]))
-
-    def most(found: Iterable[Array]) -> Array:
-        each = (jnp.max(a, 1, keepdims=True, initial=-jnp.inf) for a in found)
-        return functools.reduce(jnp.maximum, each)
-
-    found = _folded(rows, terms, both, (-jnp.inf, -jnp.inf))
-    firsts, seconds = zip(*found, strict=True)
-    peak = in_memory(most(firsts))
-    below = most(jnp.where(a == peak, -jnp.inf, a) for a in firsts)
-    return peak, jnp.maximum(below, most(seconds))
-
-
-def _folded(
-    rows: list[Values],
-    terms: Callable[[Values], Operands],
-    both: Callable[[Operands, Operands], Operands],
-    nothing: tuple[float, ...],
-) -> list[Operands]:
-    """Terms of the entries, of which some at a time have become one; and of others."""
-    whole, *left = rows
-    found = folded(terms(whole), both, nothing)
-    return [found, *(in_memory(terms(a)) for a in left)]
+    whole, *left = terms
+    found = folded(whole, add, (0.0,) * len(whole), most)
+    return functools.reduce(add, map(of_part, [found, *map(in_memory, left)]))

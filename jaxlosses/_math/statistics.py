@@ -111,11 +111,11 @@ class Reading(NamedTuple):
         partial: the label's logit, the largest of the others, and their mass, from
             the inputs, their signed logits and the magnitude of the scale; maybe what
             smoothing sums.
-        tail: of all signed logits, given the magnitude of the scale.
+        tail: of all classes, from the same; maybe with what targets need.
     """
 
     partial: Callable[[Spec, Inputs, Values, Values | None], Partial]
-    tail: Callable[[Spec, Values, Values | None], Tail]
+    tail: Callable[[Spec, Inputs, Values, Values | None], Tail]
 
 
 def _partial(
@@ -163,7 +163,7 @@ def normalize(
         all classes, of which `tails.spread_of` is the spread.
     """
     signed, magnitude = signed_of(inputs)
-    tail = reading.tail(spec, signed, magnitude)
+    tail = reading.tail(spec, inputs, signed, magnitude)
     peak = tails.proper(tail.peak)
     return scaled(gap_of(spec, signed, peak), magnitude), tail._replace(peak=peak)
 
@@ -175,7 +175,9 @@ def evaluate(spec: Spec, inputs: Inputs, reading: Reading = PLAIN) -> Statistics
         gap, tail = normalize(spec, inputs, reading)
         peak, spread = tails.peak_and_spread(tail)
         nll = jnp.zeros_like(spread)
-        if inputs.labels is not None:
+        if tail.slack is not None and tail.share is not None:
+            nll = tail.slack + tail.share * spread
+        elif inputs.labels is not None:
             nll = expected(spec, targets_of(inputs, gap.dtype), spread - gap)
         # With targets of zero, no term is left in which a NaN of the logits shows.
         nll = jnp.where(jnp.isnan(spread), spread, nll)
@@ -207,7 +209,7 @@ def _against_label(
     signed, magnitude = signed_of(inputs)
     part = reading.partial(spec, inputs, signed, magnitude)
     if has_tail(spec, inputs):
-        part = part._replace(tail=reading.tail(spec, signed, magnitude))
+        part = part._replace(tail=reading.tail(spec, inputs, signed, magnitude))
     found = _finish(spec, part, magnitude, has_label(spec, inputs))
     return scaled(gap_of(spec, signed, found.peak, of_sum=True), magnitude), found
 
@@ -238,7 +240,7 @@ def partial(
     peak = jnp.maximum(part.label, part.rival)
     slack, share, predicted, tail = part.slack, part.share, None, None
     if has_tail(spec, inputs):
-        tail = reading.tail(spec, signed, magnitude)
+        tail = reading.tail(spec, inputs, signed, magnitude)
     if uniform is not None:
         base = jnp.where(peak == -jnp.inf, 0, peak)  # or -inf - (-inf) would be NaN
         slack = expected(

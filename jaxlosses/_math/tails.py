@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxlosses._elementary import log1p
-from jaxlosses._math.classes import Spec, Values, Whole, largest, total
+from jaxlosses._math.classes import Inputs, Spec, Values, Whole, largest, total
 from jaxlosses._math.transform import exp_of_sum, lead_of
 
 
@@ -28,11 +28,16 @@ class Tail(NamedTuple):
         excess: sum of `exp` of what the others are behind it, after cap and scale; -1
             without any class.
         depth: the same sum, each times what it is behind; None if it is not wanted.
+        slack: sum of the targets, each times what its class is behind; None where that
+            is left to who asks for it.
+        share: sum of the targets, likewise.
     """
 
     peak: Values
     excess: Values
     depth: Values | None
+    slack: Values | None = None
+    share: Values | None = None
 
 
 # Of some signed logits and the magnitude of the scale: the largest, the sum of `exp` of
@@ -40,12 +45,19 @@ class Tail(NamedTuple):
 Rivals = Callable[[Spec, Values, Values | None], tuple[Values, Values, Values | None]]
 
 
-def read(spec: Spec, signed: Values, magnitude: Values | None, rivals: Rivals) -> Tail:
+def read(
+    spec: Spec,
+    inputs: Inputs,
+    signed: Values,
+    magnitude: Values | None,
+    rivals: Rivals,
+) -> Tail:
     """The tail of all classes.
 
     What is below the peak is summed up relative to the largest of it, `r`: a rounding
     of `r - m` would be an error of every term.
     """
+    del inputs
     peak = largest(spec, signed)
     top = signed == peak
     rival, mass, depth = rivals(spec, jnp.where(top, -jnp.inf, signed), magnitude)
