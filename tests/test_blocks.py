@@ -17,7 +17,7 @@ from tolerances import assert_gradient, assert_loss
 
 import jaxlosses as jl
 from jaxlosses import softmax_cross_entropy_with_integer_labels as loss_fn
-from jaxlosses._backends import blocks, choose, cpu, direct
+from jaxlosses._backends import blocks, choose, cpu, direct, folds
 from jaxlosses._math import statistics
 from jaxlosses._math.classes import Inputs, Spec
 from jaxlosses._math.tails import Tail
@@ -488,6 +488,15 @@ def test_parts_of_a_long_row_may_leave_some_over(
         part = statistics.partial(PLAIN, inputs, None, cpu.BLOCK)
         found = statistics.finish(PLAIN, part, inputs).nll[:, 0]
         np.testing.assert_allclose(found, oracle.loss(logits, ids), rtol=1e-6)
+
+
+def test_sums_by_halves_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LONGEST_ROW", 7)
+    for num_classes in (1, 2, 5, 13, 32):
+        a = np.arange(3.0 * num_classes, dtype=np.float32).reshape(3, num_classes) - 4
+        found = jax.jit(folds.in_halves)((jnp.asarray(a), jnp.asarray(-2 * a)))
+        for got, want in zip(found, (a, -2 * a), strict=True):
+            np.testing.assert_array_equal(got, want.sum(axis=-1, keepdims=True))
 
 
 def test_only_the_block_of_a_row_that_is_not_safe_is_read_again() -> None:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from jaxlosses._backends import direct, once
+from jaxlosses._backends import direct, folds, once
 from jaxlosses._backends.blocks import by_rows, each, rows_of_block, short_rows
 from jaxlosses._backends.once import gathered, in_rows, labels_that_exist
 from jaxlosses._math import statistics, tails
@@ -100,7 +100,7 @@ def divergence(rule: Rule, operands: Operands) -> Found:
     operands = in_rows(operands)
 
     def of_block(block: Callable[[], Operands]) -> Found:
-        return evaluate_divergence(rule, _peak_and_spread, block())
+        return evaluate_divergence(rule, _peak_and_spread, block(), _totals)
 
     rows = rows_of_block(4 * num_classes)  # of both, and of their probabilities
     found = by_rows(of_block, operands, len(operands.student), rows)
@@ -148,8 +148,7 @@ def _tail_directly(
     signed: Values,
     magnitude: Values | None,
 ) -> Tail:
-    num_classes = signed.shape[1]
-    if spec.softcap is not None or num_classes < direct.fewest(num_classes):
+    if not _in_folds(spec, signed):
         return _tail_in_cache(spec, inputs, signed, magnitude)
     tail = direct.tail(spec, inputs, signed, magnitude)
 
@@ -167,6 +166,12 @@ def _tail_directly(
     fit = direct.hold(tail.excess >= 0, tail.excess < jnp.inf)
     out: Tail = lax.cond(fit, lambda: tail, again)
     return out
+
+
+def _in_folds(spec: Spec, signed: Values) -> bool:
+    """Whether rows are long enough for folds; a cap is too many operations for them."""
+    num_classes = signed.shape[1]
+    return spec.softcap is None and num_classes >= direct.fewest(num_classes)
 
 
 def _read(
@@ -328,9 +333,19 @@ def _rivals_in_cache(
 def _peak_and_spread(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     """What turns logits of a block into probabilities, but for a rounding of one."""
     signed, magnitude = signed_of(inputs)
-    peak, mass, _ = _rivals_in_cache(spec, signed, magnitude)
+    if _in_folds(spec, signed):
+        peak, mass = folds.peak_and_mass(signed, magnitude)
+    else:
+        peak, mass, _ = _rivals_in_cache(spec, signed, magnitude)
     peak = tails.proper(peak)
     return peak, jnp.where(jnp.isnan(peak), peak, jnp.log(mass))
+
+
+def _totals(spec: Spec, terms: tuple[Values, Values]) -> tuple[Values, Values]:
+    """Two sums in one loop over a block."""
+    del spec  # of classes that are the second axis, all here
+    first, second = folds.in_halves(terms)
+    return first, second
 
 
 BLOCK = Reading(_partial_of_block, _tail_in_cache)

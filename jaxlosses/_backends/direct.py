@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxlosses._backends import folds
-from jaxlosses._backends.blocks import Operands, each, folded, in_folds, short_rows
+from jaxlosses._backends.blocks import LARGEST_FOLD, Operands, in_folds
 from jaxlosses._backends.once import gathered
 from jaxlosses._elementary import exp
 from jaxlosses._math import pairs
@@ -25,7 +25,6 @@ from jaxlosses._math.classes import (
     accumulation_dtype,
     ids_of_classes,
     targets_of,
-    total,
 )
 from jaxlosses._math.statistics import Partial
 from jaxlosses._math.tails import Tail
@@ -50,8 +49,8 @@ _LARGEST_LEVEL = (69, 24)
 # there are no terms that are larger.
 _LARGEST_LEAD = (80, 8)
 
-# Entries of a fold of which two sums are taken, and more: XLA:CPU unrolls no more.
-_FOLD_OF_TWO, _FOLD_OF_MORE = 8, 5
+# Entries of a fold of which three sums and more are taken: XLA:CPU unrolls no more.
+_FOLD_OF_MORE = 5
 
 # From its label, before a scale: a rounding of more would be felt by the scale's slope.
 _FURTHEST = 32
@@ -83,24 +82,8 @@ def partial(
         mass = exp(scaled(jnp.where(out, -jnp.inf, some) - base, magnitude))
         return (mass, middle - some) if spec.smooth else (mass,)
 
-    def summed(a: Values) -> Values:
-        return total(spec, each(short_rows(a), lambda a, _: jnp.sum(a, 1)))
-
-    def add(a: Operands, b: Operands) -> Operands:
-        if spec.smooth:
-            return tuple(x + y for x, y in zip(a, b, strict=True))
-        # For a plain sum XLA:CPU calls a library, to which all terms would be written
-        # first; it does not for a sum of absolute values. No exponential is negative.
-        return (a[0] + jnp.abs(b[0]),)
-
     ids = ids_of_classes(spec, signed.shape)
-    size = in_folds(num_classes)
-    entries = terms(slice(size))
-    sums = tuple(map(summed, folded(entries, add, (0.0,) * len(entries))))
-    if size < num_classes:
-        left = terms(slice(size, None))
-        sums = tuple(a + summed(b) for a, b in zip(sums, left, strict=True))
-    mass, *behind = sums
+    mass, *behind = folds.sums([terms(cut) for cut in folds.cuts(num_classes)])
     if magnitude is None:
         rival, mass = _near(base, mass)
         part = Partial(label, rival, mass)
@@ -144,9 +127,10 @@ def tail(spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None) -
 
     has_targets = spec.dense and inputs.labels is not None
     targets = (targets_of(inputs, signed.dtype),) if has_targets else ()
-    fold = _FOLD_OF_TWO if len(targets) + spec.entropy == 0 else _FOLD_OF_MORE
-    parts = folds.in_parts(signed, *targets, most=fold)
-    mass, ties, *others = folds.sums([terms(*part) for part in parts], fold)
+    fold = _FOLD_OF_MORE if targets or spec.entropy else LARGEST_FOLD
+    cuts = folds.cuts(signed.shape[1], fold)
+    parts = [terms(signed[:, cut], *(t[:, cut] for t in targets)) for cut in cuts]
+    mass, ties, *others = folds.sums(parts, fold)
     furthest = plain if magnitude is None else rounded
     fewest = jnp.where(base == 0, math.exp(-furthest), math.exp(-rounded))
     fit = (mass > fewest) | ((mass >= 0) & (ties > 1))

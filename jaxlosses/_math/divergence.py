@@ -37,6 +37,8 @@ from jaxlosses._math.teacher import (
 
 # `peak` and `spread` of some logits.
 Normalizer = Callable[[Spec, Inputs], tuple[Values, Values]]
+# The sums over all classes of two terms of each.
+Totals = Callable[[Spec, tuple[Values, Values]], tuple[Values, Values]]
 # Below, a teacher has nothing of a mixture that counts.
 _LEAST_LEAD = -40
 
@@ -51,25 +53,37 @@ def divergence(rule: Rule, operands: Operands) -> Values:
     return _differentiable(rule, operands, *found)
 
 
-def evaluate(rule: Rule, normalizer: Normalizer, operands: Operands) -> Found:
+def each_total(spec: Spec, terms: tuple[Values, Values]) -> tuple[Values, Values]:
+    """Two sums, one by one."""
+    return total(spec, terms[0]), total(spec, terms[1])
+
+
+def evaluate(
+    rule: Rule,
+    normalizer: Normalizer,
+    operands: Operands,
+    totals: Totals = each_total,
+) -> Found:
     """The same without a derivative, and what that needs besides."""
     norms = _norms(rule, normalizer, operands)
     if rule.kind.direction == "jensen_shannon":
         found = _to_mixture(rule, operands, norms)
     else:
-        found = _relative_entropy(rule, operands, norms)
+        found = _relative_entropy(rule, operands, norms, totals)
     # `jax_debug_nans` looks at what is kept of examples that do not count, too.
     return jax.tree.map(lambda a: masked(operands.counted, a), found)
 
 
-def _relative_entropy(rule: Rule, operands: Operands, norms: Norms) -> Found:
+def _relative_entropy(
+    rule: Rule, operands: Operands, norms: Norms, totals: Totals
+) -> Found:
     """A KL, of log-ratios that are all wrong by the same: by half its square."""
     student, teacher, lead = parts_of(rule, operands, norms)
     is_forward = rule.kind.direction == "forward"
     log_p, log_q = (teacher, student) if is_forward else (student, teacher)
     ahead = lead if is_forward else -lead
     terms = ratios.relative_entropy(exp(log_p), exp(log_q), ahead)
-    value, over = (total(rule.spec, a) for a in terms)
+    value, over = totals(rule.spec, terms)
     lost = jnp.log1p(over)
     value = jnp.maximum(value - lost * lost / 2, 0)
     lost = lost if is_forward else -lost
