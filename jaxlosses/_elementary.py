@@ -14,18 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxlosses._math import pairs
 from jaxlosses._platform import by_platform, is_local, traced_once
-from jaxlosses._types import Shape, are_numbers
+from jaxlosses._types import Shape, Size, are_numbers
 
 Values = Float[Array, "..."]
+Ids = Integer[Array, "..."]
 
 # Of so few numbers no loop is long. XLA:CPU runs a program of less than 1000 operations
 # in the thread that waits for it, and does not count what its own functions do
 # (benchmarks/NOTES.md, "Calls of a few numbers").
 _FEW = 64
+
+# Of whole numbers from zero on, float32 has so many.
+_MOST_IDS = 2**24
 
 # Added to a float32 of up to 2^22, it leaves the nearest integer in the last bits.
 _ROUND = np.float32(1.5 * 2**23)
@@ -79,6 +83,17 @@ def exp_of_row(x: Values, logits: Values) -> Values:
     size = logits.shape[-1]
     is_tiny = logits.dtype.itemsize == 2 and are_numbers(size) and size < 16
     return jnp.exp(x) if is_tiny else exp(x)
+
+
+def same(ids: Ids, labels: Ids, count: Size) -> Bool[Array, "..."]:
+    """Whether ids below some count are those of labels.
+
+    As float32 where that has all ids: XLA:CPU is faster at it (benchmarks/NOTES.md,
+    "Labels compared as float32").
+    """
+    if are_numbers(count) and count <= _MOST_IDS:
+        return ids.astype(jnp.float32) == labels.astype(jnp.float32)
+    return ids == labels
 
 
 def kept_per_example(x: Values) -> Values:

@@ -146,3 +146,13 @@ def test_other_platforms_take_their_own(name: str, operation: str) -> None:
             is_ours = platform == "cpu" and number == 80
             assert (f"stablehlo.{operation}" in text) is not is_ours
             assert ("bitcast_convert" in text) is is_ours
+
+
+@pytest.mark.parametrize("count", [10, 2**24, 2**24 + 2])
+def test_ids_are_the_same_as_labels_where_they_are(count: int) -> None:
+    """Of more classes than float32 has whole numbers, too."""
+    ids = np.array([[0, 1, count - 3, count - 2, count - 1]], np.int32)
+    others = [-1, 5, count, count + 1, 2**31 - 1]
+    labels = np.array([*ids[0], *others], np.int32)[:, None]
+    found = _elementary.same(jnp.asarray(ids), jnp.asarray(labels), count)
+    np.testing.assert_array_equal(found, ids == labels)

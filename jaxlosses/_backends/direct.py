@@ -23,7 +23,7 @@ from jaxlosses._math.classes import (
     Spec,
     Values,
     accumulation_dtype,
-    ids_of_classes,
+    is_label,
     targets_of,
 )
 from jaxlosses._math.statistics import Partial
@@ -49,7 +49,7 @@ _LARGEST_LEVEL = (69, 24)
 # there are no terms that are larger.
 _LARGEST_LEAD = (80, 8)
 
-# Entries of a fold of which three sums and more are taken: XLA:CPU unrolls no more.
+# Entries of a fold with a mask, or of three sums: XLA:CPU unrolls no more operations.
 _FOLD_OF_MORE = 5
 
 # From its label, before a scale: a rounding of more would be felt by the scale's slope.
@@ -76,14 +76,17 @@ def partial(
     middle = in_memory(jnp.where(jnp.isfinite(label), label, 0))
 
     def terms(of: slice) -> Operands:
-        some, out = _signed(inputs, of), ids[:, of] == inputs.labels
+        some, out = _signed(inputs, of), at_label[:, of]
         if inputs.where is not None:
             out |= ~inputs.where[:, of]
-        mass = exp(scaled(jnp.where(out, -jnp.inf, some) - base, magnitude))
+        # Of the label itself it may be infinite.
+        mass = jnp.where(out, 0, exp(scaled(some - base, magnitude)))
         return (mass, middle - some) if spec.smooth else (mass,)
 
-    ids = ids_of_classes(spec, signed.shape)
-    mass, *behind = folds.sums([terms(cut) for cut in folds.cuts(num_classes)])
+    at_label = is_label(spec, inputs)
+    fold = LARGEST_FOLD if inputs.where is None else _FOLD_OF_MORE
+    parts = [terms(cut) for cut in folds.cuts(num_classes, fold)]
+    mass, *behind = folds.sums(parts, fold)
     if magnitude is None:
         rival, mass = _near(base, mass)
         part = Partial(label, rival, mass)

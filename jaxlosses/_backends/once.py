@@ -20,7 +20,7 @@ from jaxlosses._math.classes import (
     Spec,
     Values,
     accumulation_dtype,
-    ids_of_classes,
+    is_label,
     largest,
     total,
 )
@@ -114,8 +114,8 @@ def _others_jvp(
 
 def _terms(spec: Spec, inputs: Inputs) -> tuple[Values, Values]:
     """The largest logit of the other classes, and their exponentials relative to it."""
-    logits, labels, where, *_ = inputs
-    out = ids_of_classes(spec, logits.shape) == labels
+    logits, _, where, *_ = inputs
+    out = is_label(spec, inputs)
     out = out if where is None else out | ~where
     wide = logits.astype(accumulation_dtype(logits.dtype))
     others = jnp.where(out, -jnp.inf, wide)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
-from jaxlosses._elementary import fused_sum
+from jaxlosses._elementary import fused_sum, same
 from jaxlosses._types import DType, Shape, Size
 
 Values = Float[Array, "..."]
@@ -151,7 +151,8 @@ def is_label(spec: Spec, inputs: Inputs) -> Mask:
     """For each class, whether it is the label."""
     # A comparison fuses into the pass over the logits, on every kind of mesh axis;
     # a gather does not.
-    return ids_of_classes(spec, inputs.logits.shape) == inputs.labels
+    shape = inputs.logits.shape
+    return same(ids_of_classes(spec, shape), inputs.labels, count_of(spec, shape))
 
 
 def has_label(spec: Spec, inputs: Inputs) -> Mask:
