@@ -179,8 +179,8 @@ def read_directly() -> Callable[[Inputs], tuple[jax.Array, jax.Array]]:
         *((level, ahead) for level in (-200.0, 200.0) for ahead in (-12.0, 0.0, 7.0)),
     ],
 )
-# Added up by eight, by five and by eight with some left over.
-@pytest.mark.parametrize("num_classes", [1024, 1000, 1021])
+# Added up by eight, by five, by eight with some left over, and by four.
+@pytest.mark.parametrize("num_classes", [1024, 1000, 1021, 32])
 def test_exponentials_as_they_are_cost_no_digits(
     num_classes: int, level: float, ahead: float
 ) -> None:

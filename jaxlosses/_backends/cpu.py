@@ -50,8 +50,8 @@ FEW_CLASSES = 26
 # block decides").
 LARGER = 2
 
-# So many plain logits are read at once.
-FEW_LOGITS = 2**16
+# Up to so many plain logits are read at once.
+FEW_LOGITS = 2**15
 
 
 def evaluate(
@@ -114,7 +114,7 @@ def shares_terms(spec: Spec, inputs: Inputs, rows: int | None = None) -> bool:
     num_rows = math.prod(batch)
     fits = num_rows <= rows
     if num_classes >= direct.fewest(num_classes):
-        fits &= num_rows * num_classes < FEW_LOGITS
+        fits &= num_rows * num_classes <= FEW_LOGITS
     unmasked = inputs._replace(where=None)
     return fits and num_classes > FEW_CLASSES and _is_plain(spec, unmasked)
 

@@ -39,7 +39,7 @@ from jaxlosses._platform import in_memory
 
 # Shorter rows cost more to begin with than is saved, and if they are no multiple of a
 # fold those that are shorter than the second number.
-FEWEST_CLASSES = (128, 256)
+FEWEST_CLASSES = (32, 256)
 # Of a label, in nats. Beyond it, exponentials are relative to the label's.
 _LARGEST_LABEL = 60
 # Of a sum of exponentials, in nats above or below one; and of those relative to the
