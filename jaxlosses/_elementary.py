@@ -88,11 +88,15 @@ def exp_of_row(x: Values, logits: Values) -> Values:
 def same(ids: Ids, labels: Ids, count: Size) -> Bool[Array, "..."]:
     """Whether ids below some count are those of labels.
 
-    As float32 where that has all ids: XLA:CPU is faster at it (benchmarks/NOTES.md,
-    "Labels compared as float32").
+    On a CPU as float32, where that has all ids: XLA:CPU is faster at it
+    (benchmarks/NOTES.md, "Labels compared as float32").
     """
-    if are_numbers(count) and count <= _MOST_IDS:
+
+    def as_float32(ids: Ids, labels: Ids) -> Bool[Array, "..."]:
         return ids.astype(jnp.float32) == labels.astype(jnp.float32)
+
+    if is_local() and are_numbers(count) and count <= _MOST_IDS:
+        return by_platform(as_float32, jnp.equal, ids, labels)
     return ids == labels
 
 

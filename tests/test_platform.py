@@ -1,6 +1,5 @@
 """A program has what its platform wants, traced when it is lowered for that one."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -123,9 +122,7 @@ def test_what_is_lowered_later_has_the_settings_of_its_trace(platform: str) -> N
     for text in (inside, outside):
         assert text.count("dot_general") == text.count("HIGHEST, HIGHEST") == 2
         assert "tensor<300x8xf64>" in text
-        # Whole numbers alone are ever so small.
-        narrow = [line for line in text.splitlines() if "f32" in line]
-        assert all(re.search("convert|broadcast|compare", line) for line in narrow)
+        assert "f32" not in text
 
 
 @pytest.mark.parametrize("platform", OTHERS)
