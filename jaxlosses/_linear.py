@@ -28,7 +28,7 @@ from jaxlosses._checks import Given
 from jaxlosses._chunk import ForAll, OfEach, loss_of_chunk
 from jaxlosses._combine import Example, Losses
 from jaxlosses._logits import Arrays, loss_on_logits, partitions_of, splits_of
-from jaxlosses._math.classes import Inputs, Spec, any_class, ids_of_classes
+from jaxlosses._math.classes import Inputs, Spec, any_class, is_id
 from jaxlosses._math.statistics import Statistics
 from jaxlosses._options import Options, Static, Weighing
 from jaxlosses._types import DType, Tree
@@ -353,7 +353,7 @@ def _labels(static: Fused, arrays: FusedArrays) -> tuple[Labels, Example]:
     if options.class_weights is not None:
         label_weights = of_labels(options.class_weights)
     if own is not None:
-        at_label = ids_of_classes(spec, shape) == ids[..., None]
+        at_label = is_id(spec, shape, ids[..., None])
         ids = jnp.where(any_class(spec, at_label & own)[..., 0], ids, -1)
     elif where is not None:
         ids = jnp.where(of_labels(where.astype(dtype)) > 0, ids, -1)

@@ -262,10 +262,9 @@ def test_smoothing_by_exponentials_as_they_are_costs_no_digits(
     assert_gradient(gradient, exact["logits"], "float32", exact["logits_terms"])
 
 
-def test_what_exponentials_as_they_are_cannot_serve_is_told() -> None:
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(9, 1024)).astype(np.float32)
-    ids = np.full((9, 1), 700, np.int32)
+def rows_that_are_not_fit() -> np.ndarray:
+    """The first six of nine, one of whose classes may be far from all others."""
+    logits = np.random.default_rng(0).normal(size=(9, 1024)).astype(np.float32)
     logits[0, 500] = 75
     logits[1, 500] = 3e38
     logits[2, 500] = np.nan
@@ -273,6 +272,12 @@ def test_what_exponentials_as_they_are_cannot_serve_is_told() -> None:
     logits[4] -= 100
     logits[4, 700] = 0
     logits[5] = -np.inf
+    return logits
+
+
+def test_what_exponentials_as_they_are_cannot_serve_is_told() -> None:
+    logits = rows_that_are_not_fit()
+    ids = np.full((9, 1), 700, np.int32)
     logits[6, 700] = 90
     # What they can: classes that are not there.
     logits[7, 200:] = -np.inf
@@ -360,15 +365,7 @@ def test_tails_by_exponentials_as_they_are_cost_no_digits(
 
 def test_tails_that_exponentials_as_they_are_cannot_serve_are_told() -> None:
     """A block of them is read again, and its other rows keep what they are."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(9, 1024)).astype(np.float32)
-    logits[0, 500] = 90
-    logits[1, 500] = 3e38
-    logits[2, 500] = np.nan
-    logits[3, 5] = np.inf
-    logits[4] -= 100
-    logits[4, 700] = 0
-    logits[5] = -np.inf
+    logits = rows_that_are_not_fit()
     # What they can: classes that are not there, and all alike.
     logits[6, 200:] = -np.inf
     logits[7] = 0

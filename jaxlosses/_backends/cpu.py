@@ -148,6 +148,7 @@ def _tail_directly(
     signed: Values,
     magnitude: Values | None,
 ) -> Tail:
+    """The tail of a block as it is cut out, read again where that was not fit."""
     if not _in_folds(spec, signed):
         return _tail_in_cache(spec, inputs, signed, magnitude)
     tail = direct.tail(spec, inputs, signed, magnitude)
@@ -163,8 +164,7 @@ def _tail_directly(
         slack = expected(spec, targets_of(inputs, signed.dtype), behind)
         return found._replace(slack=slack, share=tail.share)
 
-    fit = direct.hold(tail.excess >= 0, tail.excess < jnp.inf)
-    out: Tail = lax.cond(fit, lambda: tail, again)
+    out: Tail = lax.cond(direct.is_fit(tail), lambda: tail, again)
     return out
 
 

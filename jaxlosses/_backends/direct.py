@@ -1,8 +1,9 @@
-"""A block of logits by their exponentials as they are: no search for the largest.
+"""A block of logits by their exponentials as they are: relative to no other logit.
 
-The largest keeps a sum of exponentials from overflowing, and from losing its digits
-where all underflow. Few logits are so large or so small that it is needed for that; a
-sum shows whether they were (benchmarks/NOTES.md, "Exponentials as they are").
+The largest of those that are summed keeps a sum of exponentials from overflowing, and
+from losing its digits where all underflow. Few logits are so large or so small that it
+is needed for that; a sum shows whether they were (benchmarks/NOTES.md, "Exponentials as
+they are").
 """
 
 import math
@@ -40,10 +41,10 @@ from jaxlosses._platform import in_memory
 # Shorter rows cost more to begin with than is saved, and if they are no multiple of a
 # fold those that are shorter than the second number.
 FEWEST_CLASSES = (32, 256)
-# Of a label, in nats. Beyond it, exponentials are relative to the label's.
+# Of a label or a peak, in nats. Beyond it, exponentials are relative to that.
 _LARGEST_LABEL = 60
-# Of a sum of exponentials, in nats above or below one; and of those relative to the
-# label or of scaled logits, where what is 24 nats is rounded by 2^-20.
+# Of a sum of exponentials, in nats above or below one; and of those relative to such
+# a logit or of scaled ones, where what is 24 nats is rounded by 2^-20.
 _LARGEST_LEVEL = (69, 24)
 # Of how far a label is ahead of such a sum: more would underflow; and likewise, where
 # there are no terms that are larger.
@@ -109,8 +110,8 @@ def tail(spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None) -
     what targets need.
     """
     peak = folds.largest(signed)
-    plain, rounded = _LARGEST_LEVEL
-    most = _LARGEST_LABEL if magnitude is None else rounded
+    near, far = _largest_levels(magnitude)
+    most = _LARGEST_LABEL if magnitude is None else near
     base = in_memory(_base_of(peak, magnitude, most))
     highest = jnp.finfo(signed.dtype).max
 
@@ -134,14 +135,18 @@ def tail(spec: Spec, inputs: Inputs, signed: Values, magnitude: Values | None) -
     cuts = folds.cuts(signed.shape[1], fold)
     parts = [terms(signed[:, cut], *(t[:, cut] for t in targets)) for cut in cuts]
     mass, ties, *others = folds.sums(parts, fold)
-    furthest = plain if magnitude is None else rounded
-    fewest = jnp.where(base == 0, math.exp(-furthest), math.exp(-rounded))
-    fit = (mass > fewest) | ((mass >= 0) & (ties > 1))
+    least = jnp.where(base == 0, math.exp(-near), math.exp(-far))
+    fit = (mass > least) | ((mass >= 0) & (ties > 1))
     ratio = exp(scaled(base - peak, magnitude))
     ratio = jnp.where(fit & jnp.isfinite(peak), ratio, jnp.nan)
     depth = others.pop(0) * ratio if spec.entropy else None
     share, slack = others if targets else (None, None)
     return Tail(peak, (ties - 1) + mass * ratio, depth, slack, share)
+
+
+def is_fit(tail: Tail) -> Array:
+    """Whether exponentials were fit for the tail of every row."""
+    return _hold(tail.excess >= 0, tail.excess < jnp.inf)
 
 
 def _near(base: Values, mass: Values) -> tuple[Values, Values]:
@@ -170,6 +175,12 @@ def _base_of(
     return jnp.where(far, logit, 0)
 
 
+def _largest_levels(magnitude: Values | None) -> tuple[int, int]:
+    """That of exponentials as they are, and that of those relative to a logit."""
+    plain, rounded = _LARGEST_LEVEL
+    return (plain if magnitude is None else rounded), rounded
+
+
 def are_safe(part: Partial, inputs: Inputs) -> Array:
     """Whether no exponential overflowed, and none that counts underflowed, in any row.
 
@@ -180,8 +191,7 @@ def are_safe(part: Partial, inputs: Inputs) -> Array:
     base = _base_of(part.label, magnitude)
     level = scaled(part.rival - base, magnitude)
     lead = scaled(part.label - part.rival, magnitude)
-    plain, rounded = _LARGEST_LEVEL
-    most = jnp.where(base == 0, plain if magnitude is None else rounded, rounded)
+    most = jnp.where(base == 0, *_largest_levels(magnitude))
     furthest = jnp.where(base == 0, *_LARGEST_LEAD)
     if magnitude is not None:
         left = jnp.log(part.mass)
@@ -191,10 +201,10 @@ def are_safe(part: Partial, inputs: Inputs) -> Array:
         near, ahead = near | ~counted, ahead | ~counted
     if part.tail is not None:
         near &= part.tail.excess >= 0
-    return hold(near, ahead)
+    return _hold(near, ahead)
 
 
-def hold(first: Mask, second: Mask) -> Array:
+def _hold(first: Mask, second: Mask) -> Array:
     """Whether two masks hold everywhere.
 
     Two at once, since XLA:CPU would cut a reduction of one in pieces, each of which is

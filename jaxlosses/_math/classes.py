@@ -147,12 +147,16 @@ def ids_of_classes(spec: Spec, shape: Shape) -> Ids:
     return ids if spec.shards == Whole() else ids + spec.shards.first_id(local)
 
 
-def is_label(spec: Spec, inputs: Inputs) -> Mask:
-    """For each class, whether it is the label."""
+def is_id(spec: Spec, shape: Shape, ids: Ids) -> Mask:
+    """For each class, whether it is the one that an example names."""
     # A comparison fuses into the pass over the logits, on every kind of mesh axis;
     # a gather does not.
-    shape = inputs.logits.shape
-    return same(ids_of_classes(spec, shape), inputs.labels, count_of(spec, shape))
+    return same(ids_of_classes(spec, shape), ids, count_of(spec, shape))
+
+
+def is_label(spec: Spec, inputs: Inputs) -> Mask:
+    """For each class, whether it is the label."""
+    return is_id(spec, inputs.logits.shape, inputs.labels)
 
 
 def has_label(spec: Spec, inputs: Inputs) -> Mask:

@@ -31,7 +31,7 @@ from jaxlosses._math.classes import (
     first,
     has_label,
     has_tail,
-    ids_of_classes,
+    is_id,
     is_label,
     label_ids,
     largest,
@@ -353,7 +353,7 @@ def ranked(inputs: Inputs, found: Statistics, number: Ids, of: Size) -> Statisti
 def signed_at_label(spec: Spec, inputs: Inputs) -> Values:
     """The label's logit, with the sign of the scale; of a distribution, the arg max."""
     signed, _ = signed_of(inputs)
-    at = ids_of_classes(spec, signed.shape) == label_ids(spec, inputs)
+    at = is_id(spec, signed.shape, label_ids(spec, inputs))
     return total(spec, jnp.where(at, signed, 0))
 
 
